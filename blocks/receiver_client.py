@@ -1,0 +1,457 @@
+"""The signed HTTP client of a host's receiver.
+
+Owns the sending side of the wire: signing, reading answers, resuming an upload, and the errors that
+come of it. Must not import Prefect: hosts, tests and tools use it without.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from receiver import contract, signing
+
+UPLOAD_CHUNK_BYTES = 8 * 1024 * 1024
+MAX_PAUSE_SECONDS = 10.0
+MAX_RETRY_AFTER_SECONDS = 60.0
+_QUOTED_CHARACTERS = 500
+_UNREACHABLE = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+Progress = Callable[[int, int], None]
+
+
+class ReceiverError(Exception):
+    """The receiver did not do what it was asked"""
+
+    @property
+    def retryable(self) -> bool:
+        """True when the same request may succeed later."""
+        return False
+
+
+class ReceiverUnreachable(ReceiverError):
+    """The receiver cannot be reached; see that the host is up, the port is open and /health answers"""
+
+    def __init__(self, url: str, cause: str) -> None:
+        super().__init__(url, cause)
+        self.url = url
+        self.cause = cause
+        self.next_step = "See that the host is up, that its port is open, and that GET /health answers."
+
+    @property
+    def retryable(self) -> bool:
+        """True: the host may be back later."""
+        return True
+
+    def __str__(self) -> str:
+        return f"The receiver at {self.url} cannot be reached: {self.cause}. {self.next_step}"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What an answer that is no success says; `error_code` is None when it is not the receiver's own."""
+
+    request: str
+    status: int
+    type: str
+    title: str
+    detail: str
+    next_step: str
+    error_code: contract.ErrorCode | None = None
+    retry_after_seconds: float = 0.0
+
+
+class ReceiverRefused(ReceiverError):
+    """The receiver refused the request; the refusal names the next step"""
+
+    def __init__(self, refusal: Refusal, *rest: int) -> None:
+        super().__init__(refusal, *rest)
+        self.refusal = refusal
+        self.status = refusal.status
+        self.type = refusal.type
+        self.title = refusal.title
+        self.detail = refusal.detail
+        self.error_code = refusal.error_code
+        self.next_step = refusal.next_step
+
+    @property
+    def retryable(self) -> bool:
+        """True when the same request may succeed later: 408, 429 and 5xx."""
+        return self.status in {408, 429} or self.status >= 500
+
+    def __str__(self) -> str:
+        told = self.refusal
+        return f"{told.request}: {told.status} {told.title}: {told.detail} Next: {told.next_step}"
+
+
+class OffsetRefused(ReceiverRefused):
+    """The receiver wants the package from another offset; go on from `right_offset` (bytes)"""
+
+    def __init__(self, refusal: Refusal, right_offset: int) -> None:
+        super().__init__(refusal, right_offset)
+        self.right_offset = right_offset
+
+
+class AnswerNotUnderstood(ReceiverRefused):
+    """The answer is not what the contract says; see that both sides run the same version"""
+
+    @property
+    def retryable(self) -> bool:
+        """Never: the same versions give the same answer."""
+        return False
+
+
+class PackageChanged(Exception):
+    """The package file is not the one that was announced; build it again and announce it anew"""
+
+    def __init__(self, path: Path, size_bytes: int, offset: int) -> None:
+        super().__init__(path, size_bytes, offset)
+        self.path = path
+        self.size_bytes = size_bytes
+        self.offset = offset
+
+    def __str__(self) -> str:
+        return (
+            f"The package {self.path} ({self.size_bytes} bytes at the start) does not fit the host's offset "
+            f"{self.offset}: it is not the one that was announced. Build it again and announce it anew."
+        )
+
+
+@dataclass(frozen=True)
+class ReceiverConfig:
+    """Where the receiver is and how to speak to it."""
+
+    base_url: str
+    signing_key: bytes = field(repr=False)
+    correlation_id: str | None = None
+    tls_ca_file: Path | None = None
+    tls_verify: bool = True
+    connect_timeout_seconds: float = 5.0
+    timeout_seconds: float = 60.0
+    operation_timeout_seconds: float = 300.0
+    first_pause_seconds: float = 0.5
+
+    def trust(self) -> ssl.SSLContext | bool:
+        """What httpx takes as `verify`."""
+        if self.tls_verify and self.tls_ca_file:
+            return ssl.create_default_context(cafile=self.tls_ca_file)
+        return self.tls_verify
+
+
+class RequestSigner(httpx.Auth):
+    """Signs each request as it leaves, so that a repeated one has a nonce and a time of its own."""
+
+    requires_request_body = True
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Set the v2 headers over method, raw path with query, and body."""
+        target = request.url.raw_path.decode("ascii")
+        request.headers.update(signing.signed_headers(self._key, request.method, target, request.content))
+        yield request
+
+
+class ReceiverClient:
+    """The receiver's calls as methods, inside `async with`; every call but `health` is signed.
+
+    Every method raises `ReceiverUnreachable` when there is no answer and `ReceiverRefused` when the
+    answer is no success. None repeats a call, except `upload`.
+    """
+
+    def __init__(self, config: ReceiverConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self.config = config
+        self._signer = RequestSigner(config.signing_key)
+        correlation = {contract.CORRELATION_HEADER: config.correlation_id} if config.correlation_id else {}
+        self._http = httpx.AsyncClient(
+            base_url=config.base_url,
+            headers=correlation,
+            timeout=httpx.Timeout(config.timeout_seconds, connect=config.connect_timeout_seconds),
+            verify=config.trust(),
+            # A proxy from the environment would stand between key and host, and spoil the allow-list.
+            trust_env=False,
+            transport=transport,
+        )
+
+    def __repr__(self) -> str:
+        return f"ReceiverClient({self.config.base_url!r})"
+
+    async def __aenter__(self) -> Self:
+        await self._http.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        await self._http.__aexit__(kind, error, traceback)
+
+    async def health(self) -> contract.HostHealth:
+        """How the host is; a degraded host (503) is an answer, not an error."""
+        response = await self._answer(self._http.build_request("GET", contract.HEALTH_PATH), signed=False)
+        try:
+            return _read(contract.HostHealth, response)
+        except AnswerNotUnderstood:
+            _expect_success(response)  # a refusal says more than that it is no health report
+            raise
+
+    async def announce(
+        self, request: contract.DeployRequest, idempotency_key: str
+    ) -> contract.DeployAccepted:
+        """Announce a deployment; the same key again gives the same deployment."""
+        headers = {contract.IDEMPOTENCY_HEADER: idempotency_key}
+        sent = self._json_request(contract.DEPLOY_PATH, request, headers)
+        return _read(contract.DeployAccepted, await self._succeed(sent))
+
+    async def announce_package(
+        self, deployment_id: str, package: contract.PackageAnnouncement
+    ) -> contract.DeployAccepted:
+        """Announce the package once it is known which layers the host lacks."""
+        sent = self._json_request(contract.deploy_path(deployment_id, "package"), package)
+        return _read(contract.DeployAccepted, await self._succeed(sent))
+
+    async def upload_offset(self, deployment_id: str) -> int:
+        """Bytes of the package that the host holds."""
+        path = contract.deploy_path(deployment_id, "package")
+        return _read_offset(await self._succeed(self._http.build_request("HEAD", path)))
+
+    async def send_chunk(self, deployment_id: str, offset: int, chunk: bytes) -> int:
+        """Send the bytes at `offset`; give the host's new offset. Raises `OffsetRefused` for a wrong one."""
+        path = contract.deploy_path(deployment_id, "package")
+        headers = {
+            contract.UPLOAD_OFFSET_HEADER: str(offset),
+            "Content-Type": "application/offset+octet-stream",
+        }
+        response = await self._succeed(
+            self._http.build_request("PATCH", path, content=chunk, headers=headers)
+        )
+        new_offset = _read_offset(response)
+        if not offset < new_offset <= offset + len(chunk):
+            raise _not_understood(response, f"after {len(chunk)} bytes at {offset} it is at {new_offset}")
+        return new_offset
+
+    async def status(self, deployment_id: str) -> contract.DeploymentStatus:
+        """Where the deployment stands on its host."""
+        sent = self._http.build_request("GET", contract.deploy_path(deployment_id, "status"))
+        return _read(contract.DeploymentStatus, await self._succeed(sent))
+
+    async def status_of_workflow(self, workflow_id: str) -> contract.DeploymentStatus:
+        """Where the deployment that a workflow announced stands on its host."""
+        sent = self._http.build_request("GET", contract.workflow_path(workflow_id))
+        return _read(contract.DeploymentStatus, await self._succeed(sent))
+
+    async def versions(self, container_name: str | None = None) -> list[contract.ContainerVersions]:
+        """What the host keeps, of one container or of all; refused (404) for a name it has nothing of."""
+        if container_name is None:
+            sent = self._http.build_request("GET", contract.CONTAINERS_PATH)
+            return _read(contract.HostContainers, await self._succeed(sent)).containers
+        sent = self._http.build_request("GET", contract.container_path(container_name))
+        return [_read(contract.ContainerVersions, await self._succeed(sent))]
+
+    async def rollback_target(self, container_name: str, to: str | None = None) -> contract.RollbackTarget:
+        """Where `rollback_to` would go back to, refused as that would be; touches nothing."""
+        path = contract.container_path(container_name, "rollback")
+        sent = self._http.build_request("GET", path, params={"to": to} if to else None)
+        return _read(contract.RollbackTarget, await self._succeed(sent))
+
+    async def rollback_to(
+        self, container_name: str, request: contract.RollbackRequest, idempotency_key: str
+    ) -> contract.DeployAccepted:
+        """Announce a deployment of a version that the host keeps; the same key again gives the same one."""
+        path = contract.container_path(container_name, "rollback")
+        sent = self._json_request(path, request, {contract.IDEMPOTENCY_HEADER: idempotency_key})
+        return _read(contract.DeployAccepted, await self._succeed(sent))
+
+    async def restore(self, deployment_id: str) -> contract.DeploymentStatus:
+        """Bring the previous container back, and give the status after it."""
+        return await self._operate(deployment_id, "restore")
+
+    async def abort(self, deployment_id: str) -> contract.DeploymentStatus:
+        """Give the deployment up before it touched anything, and give the status after it."""
+        return await self._operate(deployment_id, "abort")
+
+    async def upload(
+        self,
+        deployment_id: str,
+        path: Path,
+        *,
+        progress: Progress | None = None,
+        chunk_bytes: int = UPLOAD_CHUNK_BYTES,
+        max_resumes: int = 8,
+    ) -> int:
+        """Send the package file from the host's offset to its end, one chunk in memory at a time.
+
+        After a broken connection, a wrong offset or a busy host it asks for the offset and goes on; it
+        raises the last error after `max_resumes` tries in a row that brought nothing. `progress` gets
+        (bytes that the host holds, bytes of the package). Gives the bytes that the host took in this
+        call; a chunk that went twice counts once. Raises `PackageChanged` when file and offset do not fit.
+        """
+        tally = _Tally(path, (await asyncio.to_thread(path.stat)).st_size, progress)
+        while not tally.complete:
+            try:
+                tally.learn(await self._advance(deployment_id, tally, chunk_bytes))
+            except ReceiverError as exc:
+                if not (exc.retryable or isinstance(exc, OffsetRefused)) or tally.fruitless >= max_resumes:
+                    raise
+                tally.stumble()
+                await asyncio.sleep(pause_seconds(tally.fruitless, self.config.first_pause_seconds, exc))
+        return tally.taken_bytes
+
+    async def _advance(self, deployment_id: str, tally: _Tally, chunk_bytes: int) -> int:
+        if tally.must_ask:
+            return await self.upload_offset(deployment_id)
+        chunk = await asyncio.to_thread(_read_chunk, tally.path, tally.offset, chunk_bytes)
+        if not chunk:
+            raise PackageChanged(tally.path, tally.size_bytes, tally.offset)
+        return await self.send_chunk(deployment_id, tally.offset, chunk)
+
+    async def _operate(self, deployment_id: str, action: str) -> contract.DeploymentStatus:
+        timeout = httpx.Timeout(
+            self.config.operation_timeout_seconds, connect=self.config.connect_timeout_seconds
+        )
+        path = contract.deploy_path(deployment_id, action)
+        sent = self._http.build_request("POST", path, timeout=timeout)
+        return _read(contract.DeploymentStatus, await self._succeed(sent))
+
+    def _json_request(
+        self, path: str, body: BaseModel, headers: dict[str, str] | None = None
+    ) -> httpx.Request:
+        sent = {"Content-Type": "application/json"} | (headers or {})
+        return self._http.build_request("POST", path, content=body.model_dump_json().encode(), headers=sent)
+
+    async def _succeed(self, request: httpx.Request) -> httpx.Response:
+        response = await self._answer(request)
+        _expect_success(response)
+        return response
+
+    async def _answer(self, request: httpx.Request, *, signed: bool = True) -> httpx.Response:
+        try:
+            return await self._http.send(request, auth=self._signer if signed else None)
+        except _UNREACHABLE as exc:
+            cause = f"{type(exc).__name__}: {exc}".removesuffix(": ")
+            raise ReceiverUnreachable(str(request.url), cause) from exc
+
+
+@dataclass
+class _Tally:
+    """How far an upload has come, and how many tries in a row brought nothing."""
+
+    path: Path
+    size_bytes: int
+    progress: Progress | None
+    offset: int = 0
+    farthest: int = -1
+    taken_bytes: int = 0
+    fruitless: int = 0
+    must_ask: bool = True
+
+    @property
+    def complete(self) -> bool:
+        return self.offset >= self.size_bytes and not self.must_ask
+
+    def learn(self, offset: int) -> None:
+        if offset > self.size_bytes:
+            raise PackageChanged(self.path, self.size_bytes, offset)
+        if self.farthest >= 0:
+            self.taken_bytes += max(0, offset - self.offset)
+        # Measured against the farthest point: a host that loses bytes again and again makes no progress.
+        if offset > self.farthest:
+            self.fruitless = self.fruitless if self.farthest < 0 else 0
+            self.farthest = offset
+        self.offset = offset
+        self.must_ask = False
+        if self.progress:
+            self.progress(offset, self.size_bytes)
+
+    def stumble(self) -> None:
+        self.fruitless += 1
+        self.must_ask = True
+
+
+def pause_seconds(fruitless: int, first_seconds: float, error: ReceiverError) -> float:
+    """How long to wait before try number `fruitless`: doubled each time, bounded, or what the host asked."""
+    asked = error.refusal.retry_after_seconds if isinstance(error, ReceiverRefused) else 0.0
+    doubled = first_seconds * 2.0 ** min(fruitless - 1, 30)
+    return max(min(doubled, MAX_PAUSE_SECONDS), min(asked, MAX_RETRY_AFTER_SECONDS))
+
+
+def _read_chunk(path: Path, offset: int, size_bytes: int) -> bytes:
+    with path.open("rb") as package:
+        package.seek(offset)
+        return package.read(size_bytes)
+
+
+def _expect_success(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    right_offset = _whole_number(response, contract.UPLOAD_OFFSET_HEADER)
+    if response.status_code == 409 and right_offset is not None:
+        raise OffsetRefused(_refusal(response), right_offset)
+    raise ReceiverRefused(_refusal(response))
+
+
+def _refusal(response: httpx.Response) -> Refusal:
+    plain = Refusal(
+        request=f"{response.request.method} {response.request.url}",
+        status=response.status_code,
+        type="about:blank",
+        title=response.reason_phrase or "Refused",
+        detail=response.text[:_QUOTED_CHARACTERS] or "(no text)",
+        next_step="See that the receiver, and not something else, answers there; then read its log.",
+        retry_after_seconds=float(_whole_number(response, "Retry-After") or 0),
+    )
+    try:
+        told = contract.Problem.model_validate_json(response.content)
+    except ValidationError:
+        return plain
+    return replace(
+        plain,
+        type=told.type,
+        title=told.title,
+        detail=told.detail,
+        next_step=told.next_step,
+        error_code=told.error_code,
+    )
+
+
+def _not_understood(response: httpx.Response, detail: str) -> AnswerNotUnderstood:
+    refusal = replace(
+        _refusal(response),
+        title="Answer not understood",
+        detail=detail,
+        next_step="See that both sides run the same version, and that no proxy stands between.",
+    )
+    return AnswerNotUnderstood(refusal)
+
+
+def _read(model: type[AnswerT], response: httpx.Response) -> AnswerT:
+    try:
+        return model.model_validate_json(response.content)
+    except ValidationError as exc:
+        first = exc.errors(include_input=False)[0]
+        field_name = ".".join(str(part) for part in first["loc"])
+        raise _not_understood(response, f"{model.__name__} {field_name}: {first['msg']}") from exc
+
+
+def _whole_number(response: httpx.Response, header: str) -> int | None:
+    told = response.headers.get(header, "")
+    return int(told) if told.isascii() and told.isdigit() else None
+
+
+def _read_offset(response: httpx.Response) -> int:
+    offset = _whole_number(response, contract.UPLOAD_OFFSET_HEADER)
+    if offset is None:
+        raise _not_understood(response, f"it has no header {contract.UPLOAD_OFFSET_HEADER}")
+    return offset

@@ -1,0 +1,1 @@
+"""The hook receiver: the daemon on a target host, without Prefect, Kafka or SQLAlchemy."""

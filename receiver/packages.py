@@ -1,0 +1,366 @@
+"""Packages on disk: take them in chunks, resume, verify the whole, hand them to the operations, clear up.
+
+Owns the files in `packages_dir`: `<deployment_id>.part` while it arrives, `<deployment_id>.tar` once its
+BLAKE3 matched. The ledger's offset never runs ahead of the disk. Imports no Docker client
+and knows no request: its errors are the refusals that the application tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from blake3 import blake3
+
+from receiver import disk
+from receiver.contract import UPLOAD_OFFSET_HEADER, ErrorCode, HostState, PackageAnnouncement
+from receiver.ledger import DeploymentUnknown, Entry, Ledger, StateConflict, utc_now
+from receiver.problems import Refusal
+from receiver.settings import ReceiverSettings
+
+log = logging.getLogger(__name__)
+IDLE_LIMIT = timedelta(hours=24)
+ORPHANED_AFTER = timedelta(seconds=5)
+_READ_BYTES = 1024 * 1024
+_ENDED_WITHOUT_PACKAGE = frozenset({HostState.ABORTED, HostState.REJECTED})
+
+Bytes = bytes | bytearray
+
+
+class OffsetRefused(Refusal):
+    """The chunk does not begin where the package ends"""
+
+    slug, status = "wrong-offset", 409
+    next_step = "Go on from the Upload-Offset that this answer gives."
+
+    def __init__(self, right_offset: int, detail: str | None = None) -> None:
+        super().__init__(
+            detail or f"the host holds {right_offset} bytes of the package; send on from there",
+            headers={UPLOAD_OFFSET_HEADER: str(right_offset)},
+            upload_offset=right_offset,
+        )
+        self.right_offset = right_offset
+
+
+class UploadBusy(OffsetRefused):
+    """Another chunk of this package is being written"""
+
+    slug = "upload-busy"
+    next_step = "Send one chunk at a time; ask for the offset by HEAD, then go on."
+
+
+class NotReceiving(Refusal):
+    """The deployment takes no package now"""
+
+    slug, status = "not-receiving", 409
+    next_step = "Ask for the deployment's status; announce a new deployment when this one has ended."
+
+
+class PackageUnannounced(NotReceiving):
+    """The package was not announced"""
+
+    slug = "package-not-announced"
+    next_step = "Announce its size and BLAKE3 by POST to the same path, then upload."
+
+
+class AnnouncementConflict(Refusal):
+    """Another package was announced for this deployment"""
+
+    slug, status = "announcement-conflict", 409
+    next_step = "Upload the package that was announced, or announce a new deployment."
+
+
+class PackageTooLarge(Refusal):
+    """The package is larger than this host takes"""
+
+    slug, status = "package-too-large", 413
+    next_step = "Make the image smaller, or raise HOOK_RECEIVER_MAX_PACKAGE_BYTES on the host."
+
+
+class BeyondTheEnd(Refusal):
+    """The chunk reaches past the announced size"""
+
+    slug, status = "beyond-announced-size", 413
+    next_step = "Announce the package that you send: it is larger than announced."
+
+
+class PackageMismatch(Refusal):
+    """The package is not the announced one"""
+
+    slug, status = "package-digest-mismatch", 422
+    next_step = "The bytes are gone from the host; announce a new deployment and upload again."
+
+
+class DiskFull(Refusal):
+    """The host has no room for the package"""
+
+    slug, status = "insufficient-storage", 507
+    next_step = "Free disk space on the host (docker image prune), then send the request again."
+
+
+class Packages:
+    """The package store. Methods that wait leave the event loop by themselves; the rest is blocking."""
+
+    def __init__(self, settings: ReceiverSettings, ledger: Ledger) -> None:
+        self._folder = settings.packages_dir
+        self._max_bytes = settings.max_package_bytes
+        self._ledger = ledger
+        self._guard = threading.Lock()
+        self._writing: set[str] = set()
+
+    def path(self, deployment_id: str) -> Path:
+        """Where the verified package lies, or will lie."""
+        return self._folder / f"{deployment_id}.tar"
+
+    def _part(self, deployment_id: str) -> Path:
+        return self._folder / f"{deployment_id}.part"
+
+    def discard(self, deployment_id: str) -> None:
+        """Delete whatever there is of a package."""
+        self._part(deployment_id).unlink(missing_ok=True)
+        self.path(deployment_id).unlink(missing_ok=True)
+
+    def check_room(self, package: PackageAnnouncement, *also: disk.Need) -> None:
+        """Raise `PackageTooLarge` or `DiskFull` when the host cannot take the package, and what follows."""
+        if package.size_bytes > self._max_bytes:
+            raise PackageTooLarge(f"{package.size_bytes} bytes announced, {self._max_bytes} are allowed")
+        try:
+            disk.check_room([disk.Need(self._folder, package.size_bytes, "the package"), *also])
+        except disk.RoomMissing as exc:
+            raise DiskFull(str(exc)) from exc
+
+    async def announce(self, deployment_id: str, package: PackageAnnouncement) -> Entry:
+        """Take a late announcement; the same one again changes nothing."""
+        return await asyncio.to_thread(self._announce, deployment_id, package)
+
+    async def adopt(self, entry: Entry) -> Entry:
+        """Let a new deployment go on with what a dead sender left, or drop that if it is of no use."""
+        return await asyncio.to_thread(self._adopt, entry)
+
+    async def append(self, deployment_id: str, offset: int, chunk: Bytes) -> int:
+        """Write a chunk at `offset` and return the new offset, once both are safe on disk.
+
+        The chunk that completes the package has it verified: the deployment becomes READY, or REJECTED
+        and `PackageMismatch` is raised. Raises `OffsetRefused`, `UploadBusy`, `NotReceiving`,
+        `PackageUnannounced`, `BeyondTheEnd` and `DiskFull`; each leaves the offset as it was.
+        """
+        return await asyncio.to_thread(self._append, deployment_id, offset, chunk)
+
+    async def sweep(self, now: datetime | None = None) -> int:
+        """End uploads that nobody goes on with, delete files that nobody needs; return their number."""
+        return await asyncio.to_thread(self._sweep, now or utc_now())
+
+    # -- one package -----------------------------------------------------------------------------
+
+    def _announce(self, deployment_id: str, package: PackageAnnouncement) -> Entry:
+        with self._only_writer(deployment_id):
+            entry = self._ledger.get(deployment_id)
+            if entry.package == package:
+                return entry
+            if entry.package is not None:
+                raise AnnouncementConflict(
+                    f"{entry.package.size_bytes} bytes with BLAKE3 {entry.package.blake3} are announced"
+                )
+            if entry.state is not HostState.RECEIVING:
+                raise NotReceiving(f"deployment {deployment_id} is {entry.state}")
+            self.check_room(package)
+            return self._ledger.set_package(deployment_id, package)
+
+    def _adopt(self, entry: Entry) -> Entry:
+        adopted = self._take_up(entry)
+        for other in self._ledger.in_states(HostState.RECEIVING):
+            is_earlier = other.deployment_id != entry.deployment_id and other.created_at < entry.created_at
+            if is_earlier and other.request.container_name == entry.request.container_name:
+                self._supersede(other)
+        return adopted
+
+    def _supersede(self, other: Entry) -> None:
+        """Give up what a dead sender left of this container: its room is not held for a day."""
+        if utc_now() - other.updated_at < ORPHANED_AFTER:
+            return
+        with contextlib.suppress(StateConflict, UploadBusy), self._only_writer(other.deployment_id):
+            self._ledger.move(other.deployment_id, HostState.ABORTED, error_message="superseded")
+            self.discard(other.deployment_id)
+
+    def _take_up(self, entry: Entry) -> Entry:
+        if entry.state is not HostState.RECEIVING or entry.package is None or entry.upload_offset:
+            return entry
+        orphans = [
+            other
+            for other in self._ledger.in_states(HostState.RECEIVING)
+            if other.package == entry.package
+            and other.upload_offset
+            and utc_now() - other.updated_at >= ORPHANED_AFTER
+        ]
+        for orphan in sorted(orphans, key=lambda other: other.upload_offset, reverse=True)[:1]:
+            with contextlib.suppress(UploadBusy, FileNotFoundError):
+                self._take_over(orphan, entry.deployment_id)
+        return self._ledger.get(entry.deployment_id)
+
+    def _take_over(self, orphan: Entry, deployment_id: str) -> None:
+        """The file first: an offset without its file is put right by the next chunk, not the reverse."""
+        with self._only_writer(orphan.deployment_id), self._only_writer(deployment_id):
+            self._part(orphan.deployment_id).rename(self._part(deployment_id))
+            self._ledger.set_upload_offset(deployment_id, orphan.upload_offset)
+            self._ledger.set_upload_offset(orphan.deployment_id, 0)
+
+    def _append(self, deployment_id: str, offset: int, chunk: Bytes) -> int:
+        with self._only_writer(deployment_id):
+            entry = self._ledger.get(deployment_id)
+            package, end = announced(entry), offset + len(chunk)
+            if entry.state is not HostState.RECEIVING:
+                raise OffsetRefused(held_bytes(entry))
+            with self._opened(entry) as descriptor:
+                self._check_offset(entry, offset, os.fstat(descriptor).st_size)
+                if end > package.size_bytes:
+                    raise BeyondTheEnd(f"the chunk ends at {end}, {package.size_bytes} bytes were announced")
+                _write(descriptor, offset, chunk)
+                if end == package.size_bytes:
+                    self._complete(deployment_id, package, descriptor)
+            # Last, so that a process that died before has its last chunk sent again, which completes it.
+            self._ledger.set_upload_offset(deployment_id, end)
+            return end
+
+    @contextmanager
+    def _only_writer(self, deployment_id: str) -> Iterator[None]:
+        """One writer per deployment; one daemon per state folder is `__main__`'s care."""
+        with self._guard:
+            if deployment_id in self._writing:
+                raise UploadBusy(self._ledger.get(deployment_id).upload_offset)
+            self._writing.add(deployment_id)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._writing.discard(deployment_id)
+
+    @contextmanager
+    def _opened(self, entry: Entry) -> Iterator[int]:
+        part, whole = self._part(entry.deployment_id), self.path(entry.deployment_id)
+        with _disk_errors():
+            if whole.exists():  # died between renaming and READY
+                whole.rename(part)
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if entry.upload_offset == 0:
+                    _sync_folder(self._folder)
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+    def _check_offset(self, entry: Entry, offset: int, size_bytes: int) -> None:
+        """The ledger's offset is the right one, unless the file lost bytes (deleted, or a torn disk)."""
+        if size_bytes < entry.upload_offset:
+            self._ledger.set_upload_offset(entry.deployment_id, size_bytes)
+        right_offset = min(size_bytes, entry.upload_offset)
+        if offset != right_offset:
+            raise OffsetRefused(right_offset)
+
+    def _complete(self, deployment_id: str, package: PackageAnnouncement, descriptor: int) -> None:
+        """Verify the whole file; the deployment is READY only when it is the announced one."""
+        digest = _hash(descriptor)
+        if digest != package.blake3:
+            self.discard(deployment_id)
+            mismatch = PackageMismatch(f"the package's BLAKE3 is {digest}, announced was {package.blake3}")
+            self._ledger.move(
+                deployment_id,
+                HostState.REJECTED,
+                error_code=ErrorCode.TRANSFER_FAILED,
+                error_message=str(mismatch),
+            )
+            raise mismatch
+        try:
+            self._part(deployment_id).rename(self.path(deployment_id))
+        except FileNotFoundError as exc:
+            raise NotReceiving(f"deployment {deployment_id} was ended while its package arrived") from exc
+        _sync_folder(self._folder)
+        self._ledger.move(deployment_id, HostState.READY)
+
+    # -- clearing up -----------------------------------------------------------------------------
+
+    def _sweep(self, now: datetime) -> int:
+        for entry in self._ledger.in_states(HostState.RECEIVING, HostState.READY):
+            if now - entry.updated_at > IDLE_LIMIT:
+                self._give_up(entry)
+        unneeded = [file for file in self._folder.iterdir() if self._is_unneeded(file)]
+        for file in unneeded:
+            file.unlink(missing_ok=True)
+        return len(unneeded)
+
+    def _give_up(self, entry: Entry) -> None:
+        text = f"nothing happened for {IDLE_LIMIT.total_seconds() / 3600:.0f} h"
+        with contextlib.suppress(StateConflict):  # somebody goes on with it after all
+            self._ledger.move(
+                entry.deployment_id, HostState.ABORTED, error_code=ErrorCode.TIMEOUT, error_message=text
+            )
+            log.warning("aborted: %s", text, extra={"deployment_id": entry.deployment_id})
+
+    def _is_unneeded(self, file: Path) -> bool:
+        if file.suffix not in {".part", ".tar"}:
+            return False
+        try:
+            return self._ledger.get(file.stem).state not in {HostState.RECEIVING, HostState.READY}
+        except DeploymentUnknown:
+            return True
+
+
+def announced(entry: Entry) -> PackageAnnouncement:
+    """The package to come; raises `NotReceiving` when the deployment was ended, or `PackageUnannounced`."""
+    if entry.state in _ENDED_WITHOUT_PACKAGE:
+        raise NotReceiving(f"deployment {entry.deployment_id} is {entry.state}")
+    if entry.package is None:
+        raise PackageUnannounced
+    return entry.package
+
+
+def held_bytes(entry: Entry) -> int:
+    """Bytes that need not be sent: the verified ones, or all of them when nothing is to come any more."""
+    package = announced(entry)
+    return entry.upload_offset if entry.state is HostState.RECEIVING else package.size_bytes
+
+
+def _write(descriptor: int, offset: int, chunk: Bytes) -> None:
+    """Write and sync; what a dead process left behind the offset goes first, and so does a half write."""
+    with _disk_errors():
+        try:
+            os.ftruncate(descriptor, offset)
+            rest, position = memoryview(chunk), offset
+            while rest:
+                written = os.pwrite(descriptor, rest, position)
+                rest, position = rest[written:], position + written
+            os.fdatasync(descriptor)
+        except OSError:
+            os.ftruncate(descriptor, offset)
+            raise
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise DiskFull(f"the host could not keep the package: {exc.strerror or exc}") from exc
+
+
+def _hash(descriptor: int) -> str:
+    """BLAKE3 of the whole file, read in pieces: a memory map would count as resident memory."""
+    hasher, buffer, position = blake3(), bytearray(_READ_BYTES), 0
+    while count := os.preadv(descriptor, [buffer], position):
+        hasher.update(memoryview(buffer)[:count])
+        position += count
+    return hasher.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

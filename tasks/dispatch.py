@@ -1,0 +1,205 @@
+"""Runs on the host through its work pool, and what the host says of them.
+
+A flow run on the host takes only a deployment id. Its outcome is read from the receiver, never from
+Prefect's state: that only says that the run ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.states import Cancelling
+
+from blocks.receiver_client import ReceiverClient, ReceiverError, ReceiverRefused
+from blocks.remote_host import RemoteHost
+from receiver.contract import DeploymentStatus, HostState
+from tasks.errors import DeploymentFailed, DeploymentLost, RetryPolicy, StageTimeout
+from tasks.policies import operation
+
+POLL_SECONDS = 0.3
+RUN_POLL_SECONDS = 2.0
+START_DEADLINE_SECONDS = 90.0
+NOT_FOUND = 404
+_UNENDED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
+_DISPATCH = RetryPolicy(max_attempts=3, timeout_ms=30_000)
+Reached = Callable[[DeploymentStatus], bool]
+Heard = Callable[[DeploymentStatus], Awaitable[None]]
+
+
+def workflow_tag(workflow_id: str) -> str:
+    """The tag that all flow runs of a workflow carry."""
+    return f"workflow:{workflow_id}"
+
+
+@operation("start_run_on_host", policy=_DISPATCH)
+async def start_run_on_host(flow_name: str, host: RemoteHost, deployment_id: str, workflow_id: str) -> UUID:
+    """Start `<flow_name>/<host>`; returns the flow run's id. The same call again gives the same run."""
+    name = f"{flow_name}/{host.deployment_name}"
+    try:
+        run = await run_deployment(  # type: ignore[misc]  # async within a task, by prefect's dispatch
+            name,
+            parameters={"deployment_id": deployment_id},
+            timeout=0,
+            tags=[workflow_tag(workflow_id)],
+            idempotency_key=f"{flow_name}-{deployment_id}",
+        )
+    except ObjectNotFound as exc:
+        raise DeploymentFailed(
+            f"Prefect knows no deployment {name!r}",
+            next_step=f"Register the host: python -m deployments.register --host {host.deployment_name}",
+            retryable=False,
+        ) from exc
+    flow_run_id: UUID = run.id
+    return flow_run_id
+
+
+async def follow(
+    host: RemoteHost,
+    deployment_id: str,
+    flow_run_id: UUID,
+    reached: Reached,
+    timeout_seconds: float,
+    *,
+    correlation_id: str | None = None,
+    heard: Heard | None = None,
+) -> DeploymentStatus:
+    """Watch the host until `reached`; a receiver that is away or busy is asked again until the deadline.
+
+    Raises `StageTimeout`, or `DeploymentFailed` when the run ended or never began and the host waits.
+    """
+    began, next_look = time.monotonic(), time.monotonic() + RUN_POLL_SECONDS
+    last: DeploymentStatus | None = None
+    async with host.receiver(correlation_id=correlation_id) as receiver:
+        while time.monotonic() - began < timeout_seconds:
+            status = await _ask(receiver, deployment_id)
+            last = status or last
+            if status is not None and heard is not None:
+                await heard(status)
+            if status is not None and reached(status):
+                return status
+            if status is not None and status.state is HostState.READY and time.monotonic() >= next_look:
+                trouble = await run_trouble(host, flow_run_id, time.monotonic() - began)
+                # The run may have begun since the host was asked: only what holds before and after counts.
+                status = await _ask(receiver, deployment_id) if trouble else None
+                if trouble and status is not None and status.state is HostState.READY:
+                    raise trouble
+                next_look = time.monotonic() + RUN_POLL_SECONDS
+            await asyncio.sleep(POLL_SECONDS)
+    state = last.state if last else "unreachable"
+    raise StageTimeout(f"the host was {state} for {timeout_seconds:.0f} s on end; the stage's time is up")
+
+
+async def _ask(receiver: ReceiverClient, deployment_id: str) -> DeploymentStatus | None:
+    """The host's status; None, with a warning, when it may be had later."""
+    try:
+        return await receiver.status(deployment_id)
+    except ReceiverError as exc:
+        if not exc.retryable:
+            raise
+        get_run_logger().warning("%s; asking again", exc)
+        return None
+
+
+async def run_trouble(host: RemoteHost, flow_run_id: UUID, waited_seconds: float) -> DeploymentFailed | None:
+    """Why a host that still waits will go on waiting: its run has ended, or nobody took it in time."""
+    async with get_client() as client:
+        run = await client.read_flow_run(flow_run_id)
+    if run.state is None or run.state.is_final():
+        message = (run.state.message or run.state.name) if run.state else "it has no state"
+        return DeploymentFailed(
+            f"the run on the host ended before it began to work: {message}",
+            next_step=f"Read the log of flow run {flow_run_id}.",
+        )
+    if waited_seconds > START_DEADLINE_SECONDS and run.start_time is None:
+        return DeploymentFailed(
+            f"no worker of pool {host.work_pool_name!r} took the run in {START_DEADLINE_SECONDS:.0f} s",
+            next_step=f"On the host: prefect worker start --pool {host.work_pool_name} --type process",
+        )
+    return None
+
+
+async def last_status(
+    host: RemoteHost,
+    deployment_id: str | None,
+    *,
+    correlation_id: str | None = None,
+    patience_seconds: float = 0,
+) -> DeploymentStatus | None:
+    """What the host says now; None when it cannot be asked in time; raises `DeploymentLost`."""
+    deadline = time.monotonic() + patience_seconds
+    while deployment_id is not None:
+        status = await _last_status(host, deployment_id, correlation_id)
+        if status is not None or time.monotonic() >= deadline:
+            return status
+        await asyncio.sleep(1)
+    return None
+
+
+async def _last_status(
+    host: RemoteHost, deployment_id: str, correlation_id: str | None
+) -> DeploymentStatus | None:
+    async with host.receiver(correlation_id=correlation_id) as receiver:
+        try:
+            return await receiver.status(deployment_id)
+        except ReceiverError as exc:
+            _raise_when_unknown(exc)
+            get_run_logger().warning("%s", exc)
+            return None
+
+
+async def status_of_workflow(host: RemoteHost, workflow_id: str) -> DeploymentStatus | None:
+    """What the host says of the deployment that a workflow announced; None when it announced none.
+
+    Raises `ReceiverError` when the host cannot be asked.
+    """
+    async with host.receiver(correlation_id=workflow_id) as receiver:
+        try:
+            return await receiver.status_of_workflow(workflow_id)
+        except ReceiverRefused as exc:
+            if exc.status != NOT_FOUND:
+                raise
+            return None
+
+
+def _raise_when_unknown(exc: ReceiverError) -> None:
+    if isinstance(exc, ReceiverRefused) and exc.status == NOT_FOUND:
+        raise DeploymentLost(exc.detail) from exc
+
+
+async def run_of_workflow(workflow_id: str) -> UUID | None:
+    """The newest run on the host that a workflow started, while it has not ended."""
+    wanted = FlowRunFilter(
+        tags=FlowRunFilterTags(all_=[workflow_tag(workflow_id)]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNENDED)),
+    )
+    async with get_client() as client:
+        found = await client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=["receive-container"])),
+            flow_run_filter=wanted,
+            sort=FlowRunSort.START_TIME_DESC,
+            limit=1,
+        )
+    return found[0].id if found else None
+
+
+async def stop_run(flow_run_id: UUID) -> None:
+    """Ask Prefect to end a run on the host; what it had begun is undone by the host's guardian."""
+    async with get_client() as client:
+        await client.set_flow_run_state(flow_run_id, Cancelling())

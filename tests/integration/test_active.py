@@ -1,0 +1,70 @@
+"""One deployment at a time per container and host, on both databases: held once, and never by the dead."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.active import DeploymentUnderWay, alone, held_if_free
+from tasks.records import NewWorkflow, Records
+
+PROJECT = Path(__file__).resolve().parents[2]
+HOLDER = """
+import asyncio, sys
+from tasks.active import held_if_free
+from tasks.records import Records
+
+async def main(url):
+    async with await Records.open(url) as records, held_if_free(records, "web", "host-b") as is_held:
+        print(is_held, flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_a_container_on_a_host_is_held_once(records_url: str) -> None:
+    """Another container, or the same on another host, is free."""
+    async with await Records.open(records_url) as records:
+        async with held_if_free(records, "web", "host-b") as first:
+            async with held_if_free(records, "web", "host-b") as again:
+                assert (first, again) == (True, False)
+            async with held_if_free(records, "web", "host-c") as elsewhere:
+                assert elsewhere
+        async with held_if_free(records, "web", "host-b") as afterwards:
+            assert afterwards
+
+
+async def test_a_killed_holder_holds_nothing(records_url: str) -> None:
+    """SIGKILL frees the container, with nothing to clear up."""
+    async with await Records.open(records_url) as records:
+        holder = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", HOLDER, records_url, stdout=asyncio.subprocess.PIPE, cwd=PROJECT
+        )
+        try:
+            assert holder.stdout is not None
+            assert await asyncio.wait_for(holder.stdout.readline(), 60) == b"True\n"
+            async with held_if_free(records, "web", "host-b") as is_held:
+                assert not is_held
+        finally:
+            holder.kill()
+            await holder.wait()
+        async with asyncio.timeout(60), alone(records, "web", "host-b", 50, print):
+            pass
+
+
+async def test_who_is_refused_is_told_who_deploys_since_when(records_url: str) -> None:
+    """At once, or after the time that it may wait."""
+    async with await Records.open(records_url) as records, alone(records, "web", "host-b", 0, print):
+        new = NewWorkflow(workflow_id="w-1", container_name="web", remote_host="host-b", image_tag="v7")
+        record = await records.create(new)
+        since = record.created_at.isoformat(timespec="seconds")
+        told: list[str] = []
+        with pytest.raises(DeploymentUnderWay, match="web on host-b is being deployed") as refused:
+            async with alone(records, "web", "host-b", 1.5, told.append):
+                pytest.fail("two deployments at once")
+        assert f"(v7, PENDING) since {since} by w-1" in str(refused.value)
+        assert len(told) == 1

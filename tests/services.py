@@ -1,0 +1,34 @@
+"""What a test does when a real service is missing: skip with the reason, or fail where all must run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+
+def require_service(found: bool, reason: str, install: str) -> None:
+    """Go on when `found`; else skip with reason and install command, or fail with REQUIRE_SERVICES=1."""
+    if found:
+        return
+    message = f"{reason}; install: {install}"
+    if os.environ.get("REQUIRE_SERVICES") == "1":
+        pytest.fail(message, pytrace=False)
+    pytest.skip(message)
+
+
+def postgresql_programs() -> Path | None:
+    """The folder with `initdb` and `postgres`, the newest version first; None when not installed."""
+    debian = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    on_path = [Path(found).parent] if (found := shutil.which("initdb")) else []
+    return next((folder for folder in [*reversed(debian), *on_path] if (folder / "initdb").exists()), None)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

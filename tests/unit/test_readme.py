@@ -1,0 +1,71 @@
+"""The README says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from receiver.contract import ErrorCode
+from receiver.settings import VARIABLES
+from tasks.parameters import BuildOptions, DeploymentParameters
+from tasks.states import TRIGGERS, WorkflowState
+
+PROJECT = Path(__file__).resolve().parents[2]
+README = (PROJECT / "README.md").read_text()
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """Cells of the first table after a heading, without its two header rows."""
+    _, _, rest = README.partition(heading)
+    rows = re.search(r"(?:^\|.*\n)+", rest, re.MULTILINE)
+    assert rows, f"no table after {heading!r}"
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[0].splitlines()[2:]]
+
+
+def test_the_state_diagram_is_the_table() -> None:
+    """Every transition with its trigger, and no other."""
+    drawn = re.findall(r"^    (\w+) --> (\w+): (\w+)$", README, re.MULTILINE)
+    assert {(WorkflowState(a), WorkflowState(b)): trigger for a, b, trigger in drawn} == dict(TRIGGERS)
+
+
+def test_the_receiver_s_variables_are_the_documented_ones() -> None:
+    """Name, default and meaning."""
+    documented = {
+        name.strip("`"): (default.strip("`"), meaning)
+        for name, default, meaning in table_after("### Environment of the receiver")
+    }
+    assert documented == dict(VARIABLES)
+
+
+def test_the_control_host_s_variables_are_read_somewhere() -> None:
+    """A documented variable is one that the code, or Prefect, reads."""
+    source = "".join(
+        path.read_text()
+        for folder in ("blocks", "tasks", "deployments")
+        for path in (PROJECT / folder).rglob("*.py")
+    )
+    for name, *_ in table_after("### Environment of the control host"):
+        bare = name.strip("`")
+        assert bare.startswith("PREFECT_") or f'"{bare}"' in source, bare
+
+
+def test_the_parameters_are_the_documented_ones() -> None:
+    """Every parameter of `deploy-container`, and every build option."""
+    rows = table_after("## Deploying a service")
+    assert [row[0].strip("`") for row in rows] == list(DeploymentParameters.model_fields)
+    options = next(row[2] for row in rows if row[0] == "`build_options`")
+    assert re.findall(r"`(\w+)`", options) == list(BuildOptions.model_fields)
+
+
+def test_the_error_codes_are_the_documented_ones() -> None:
+    """All seven, each with what follows."""
+    assert {row[0].strip("`") for row in table_after("shows its report")} == {*ErrorCode}
+
+
+def test_every_link_into_the_repository_leads_somewhere() -> None:
+    """Files are there; a test that is named is in its file."""
+    for text, target in re.findall(r"\[`?([^\]`]+)`?\]\(([^)]+)\)", README):
+        path = PROJECT / target
+        assert path.exists(), target
+        if text.startswith("test_"):
+            assert f"def {text}(" in path.read_text(), text

@@ -1,0 +1,164 @@
+"""The report in Markdown: what an operator sees first, and what must never be in it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from receiver.contract import ErrorCode, OperationResult, QualityGate, Stage
+from tasks.reporting import _fenced, render_report
+from tasks.results import DeploymentResult
+from tasks.states import StageResult, WorkflowState
+
+NOW = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
+SECRET = "hunter2-hunter2"
+
+
+def result(**fields: Any) -> DeploymentResult:
+    """A failed deployment that was rolled back; fields replace."""
+    given: dict[str, Any] = dict.fromkeys(DeploymentResult.model_fields) | {
+        "success": False,
+        "workflow_id": "w1",
+        "container_name": "web",
+        "image_tag": "v2",
+        "remote_host": "host-a",
+        "state": WorkflowState.ROLLBACK_COMPLETED,
+        "total_duration_ms": 12_340,
+        "stages_completed": [Stage.PACKAGE, Stage.TRANSFER, Stage.DEPLOY],
+        "stages_failed": [Stage.VALIDATE],
+        "health_status": {},
+        "deployment_metrics": {},
+        "rollback_performed": True,
+        "rollback_result": {"success": True, "previous_container_restored": True},
+        "error_code": ErrorCode.HEALTH_CHECK_FAILED,
+        "error_message": "answered 500",
+    }
+    return DeploymentResult.model_validate(given | fields)
+
+
+def stage(message: str = "", *, success: bool = False) -> StageResult:
+    """Stage 4 with one operation and one gate that tell `message`."""
+    return StageResult(
+        stage=Stage.VALIDATE,
+        success=success,
+        duration_ms=700,
+        operations=(
+            OperationResult(
+                name="validate_health_endpoint",
+                stage=Stage.VALIDATE,
+                success=success,
+                started_at=NOW,
+                duration_ms=650,
+                message=message,
+            ),
+        ),
+        gates=(
+            QualityGate(
+                name="health_endpoint_responding", stage=Stage.VALIDATE, passed=success, message=message
+            ),
+        ),
+        started_at=NOW,
+        completed_at=NOW,
+    )
+
+
+def rows(report: str) -> list[str]:
+    """The lines of the report's tables."""
+    return [line for line in report.splitlines() if line.startswith("|")]
+
+
+def test_the_outcome_comes_first() -> None:
+    """What, where, how it ended, and what serves now, before any table."""
+    lines = render_report(result(), [stage()]).splitlines()
+    assert lines[0] == "# web:v2 on host-a: ROLLBACK_COMPLETED"
+    assert lines[2] == "**rolled back: the previous container serves** after 12.3 s"
+    assert lines[4] == "`HEALTH_CHECK_FAILED`: answered 500"
+
+
+def test_a_success_says_where_the_service_answers() -> None:
+    """And shows no log tail, though there is one."""
+    done = result(
+        success=True,
+        state=WorkflowState.COMPLETED,
+        deployed_url="http://10.0.0.7:8060",
+        rollback_result=None,
+        error_code=None,
+        error_message=None,
+    )
+    report = render_report(done, [stage(success=True)], log_tail="listening")
+    assert "**web:v2 serves** after 12.3 s, at http://10.0.0.7:8060" in report
+    assert "listening" not in report
+    assert "failed" not in report
+
+
+def test_the_operation_that_failed_stands_out_with_its_message() -> None:
+    """Stage and operation with their times, and the gate."""
+    assert rows(render_report(result(), [stage("answered 500")])) == [
+        "| stage | operation | took | |",
+        "|---|---|---:|---|",
+        "| **health_validation** | | 700 ms | **failed** |",
+        "| | validate_health_endpoint | 650 ms | **failed** answered 500 |",
+        "| quality gate | | |",
+        "|---|---|---|",
+        "| health_endpoint_responding | **failed** | answered 500 |",
+    ]
+
+
+def test_the_next_step_and_the_containers_last_words_are_shown() -> None:
+    """The log as it came, in a block of its own."""
+    report = render_report(result(), [], log_tail="boot\n  boom | <b>\n\n", next_step="Check the port.")
+    assert "\nNext: Check the port.\n" in report
+    assert "\n```text\nboot\n  boom | <b>\n```\n" in report
+
+
+@pytest.mark.parametrize(
+    "text", ["a | b", "a \\| b", "ends with \\", "two\nlines\r\n| x |", "x" * 299 + "||", "|" * 400]
+)
+def test_no_message_breaks_the_table(text: str) -> None:
+    """Every row keeps its cells, whatever a builder or a host said."""
+    for line in rows(render_report(result(), [stage(text)]))[3::3]:
+        bare = line.replace("\\\\", "").replace("\\|", "")
+        assert bare.count("|") in {4, 5}, line
+        assert line.endswith(" |")
+        assert not bare.endswith("\\|")
+
+
+def test_a_message_cannot_bring_html_into_the_page() -> None:
+    """A proxy's error page is shown as text."""
+    report = render_report(
+        result(error_message="<img src=x>"), [stage("<script>alert(1)</script>")], next_step="<b>"
+    )
+    assert "<" not in report
+
+
+@pytest.mark.parametrize("text", ["```", "a\n```\nb", "````\n# heading"])
+def test_no_text_ends_its_own_block(text: str) -> None:
+    """The fence is longer than any in the text."""
+    first, *inner, last = _fenced("text", text).splitlines()
+    assert inner == text.splitlines()
+    assert last == first.removesuffix("text")
+    assert last not in inner
+
+
+def test_no_secret_is_shown() -> None:
+    """Neither from the log, nor from messages, the error or the next step."""
+    leak = f"DB_PASSWORD={SECRET} and postgres://app:{SECRET}@db/app"
+    report = render_report(result(error_message=leak), [stage(leak)], log_tail=leak, next_step=leak)
+    assert SECRET not in report
+    assert report.count("DB_PASSWORD=***") == 5
+
+
+@pytest.mark.parametrize("leak", [f"password={SECRET}", f"postgres://a:{SECRET}@db"])
+def test_a_secret_at_the_end_of_a_cell_is_not_shown_in_part(leak: str) -> None:
+    """Masked before it is cut."""
+    report = render_report(result(), [stage("x" * 278 + f" {leak}")])
+    assert SECRET[:4] not in report
+
+
+def test_a_deployment_that_ended_before_its_first_stage_has_a_report() -> None:
+    """Empty tables, the cause, and the workflow's id to look it up."""
+    report = render_report(result(state=WorkflowState.FAILED, rollback_result=None, stages_failed=[]), [])
+    assert "nothing on the host was touched" in report
+    assert report.rstrip().endswith("Workflow `w1`")
