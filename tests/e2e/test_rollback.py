@@ -92,7 +92,8 @@ def test_back_to_the_previous_version_to_a_named_one_and_to_one_that_is_not_well
     for tag, config in {"v1": {}, "v2": {}, "v3": well_once(service)}.items():
         deploy(service, tag, config)
     unknown = start_rollback(service, "v9")
-    listing = start_run(service.lab, "list-versions/default", {"container_name": service.name})
+    asked = {"remote_host": service.host.name, "container_name": service.name}
+    listing = start_run(service.lab, "list-versions/default", asked)
     rows = rows_of(service, listing)
     assert [(row["image_tag"], row["role"], row["note"]) for row in rows] == [
         ("v3", "running", ""),

@@ -22,7 +22,7 @@ from blocks.receiver_client import ReceiverRefused
 from blocks.remote_host import RemoteHost
 from receiver.contract import DeploymentStatus, HostFacts, HostState
 from tasks import dispatch, outcome
-from tasks.errors import DeploymentFailed, StageTimeout
+from tasks.errors import DeploymentFailed, DeploymentLost, StageTimeout
 
 NEVER_SECONDS = 30.0
 
@@ -238,7 +238,7 @@ async def test_a_stage_without_end_says_where_the_host_stood(
 
 
 async def test_the_last_status_is_none_where_there_is_nobody_to_ask() -> None:
-    """No deployment yet, no such deployment, no host."""
+    """No deployment yet, or no host; one that its host has forgotten is lost, which is not the same."""
 
     @flow
     async def ask(host: RemoteHost, deployment_id: str | None) -> DeploymentStatus | None:
@@ -246,7 +246,8 @@ async def test_the_last_status_is_none_where_there_is_nobody_to_ask() -> None:
 
     assert await ask(host_at(8001), None) is None
     async with receiver(problem(404)) as host:
-        assert await ask(host, str(uuid4())) is None
+        with pytest.raises(DeploymentLost):
+            await ask(host, str(uuid4()))
     assert await ask(host, "d1") is None  # it has hung up
     async with receiver(answer(HostState.KEPT)) as host:
         found = await ask(host, "d1")
