@@ -31,8 +31,11 @@ async def complete(workflow: Workflow) -> DeploymentResult:
     return await _report(workflow, status)
 
 
-async def end(workflow: Workflow, exc: Exception) -> Ending:
-    """Whatever went wrong here: a host that kept the new container is right, a silent one is waited for."""
+async def end(workflow: Workflow, exc: Exception, *, is_cancelled: bool = False) -> Ending:
+    """Whatever went wrong here: a host that kept the new container is right, a silent one is waited for.
+
+    What a cancelled run had sent is deleted; that of any other is kept for the next deployment to go on with.
+    """
     if isinstance(exc, RecordsUnreachable):
         raise exc  # the host goes on by itself; `reconcile` writes down what it did
     workflow.state = (await workflow.record()).current_state
@@ -43,15 +46,22 @@ async def end(workflow: Workflow, exc: Exception) -> Ending:
         status = await workflow.ask_host()
     except DeploymentLost:
         return await _fail(workflow, failure, None)
+    if is_cancelled:
+        await recovery.discard_upload(workflow.host, status)
     if status is None and workflow.is_with_host:
         return await _leave_open(workflow, failure, "the host cannot be reached")
     if status is None or status.state is not HostState.KEPT or workflow.state is WorkflowState.ROLLING_BACK:
         return await _fail(workflow, failure, status)
+    return await _accept(workflow, failure, status)
+
+
+async def _accept(workflow: Workflow, failure: GantryError, status: DeploymentStatus) -> Ending:
+    """The host found the new container healthy and keeps it: that completes the workflow."""
     try:
         workflow.check_image(status)
     except DeploymentFailed as wrong:
         return await _fail(workflow, wrong, status)
-    get_run_logger().warning("%s; but the host found the new container healthy and keeps it", exc)
+    get_run_logger().warning("%s; but the host found the new container healthy and keeps it", failure)
     workflow.host_status = status
     if workflow.state is WorkflowState.DEPLOYING:
         await workflow.begin_validation(status)

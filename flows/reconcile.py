@@ -70,7 +70,7 @@ async def _settle(workflow: Workflow | None) -> str:
     await interrupted.find_host_run(workflow)
     if status is not None and workflow.is_with_host and not is_cancelled and status.operations:
         await interrupted.let_host_finish(workflow, status)
-    ended = await ending.end(workflow, cause)
+    ended = await ending.end(workflow, cause, is_cancelled=is_cancelled)
     if isinstance(ended, State) and not workflow.state.terminal:
         return "waiting"
     return "ended"

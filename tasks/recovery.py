@@ -116,6 +116,12 @@ async def give_up(host: RemoteHost, status: DeploymentStatus | None) -> None:
         await _try("the receiver", _signed_abort(host, status.deployment_id))
 
 
+async def discard_upload(host: RemoteHost, status: DeploymentStatus | None) -> None:
+    """Have the host delete a package that has arrived in part; nobody will send the rest."""
+    if status is not None and status.state is HostState.RECEIVING:
+        await _try("the receiver", _signed_abort(host, status.deployment_id))
+
+
 async def restore_by_receiver(attempt: Attempt) -> DeploymentStatus | None:
     """Ask the receiver itself to restore, by a signed call; if it refuses, what it says of the host."""
     restored = await _try("the receiver", _signed_restore(attempt.host, attempt.deployment_id))

@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--hosts", type=int, default=len(HOSTS), choices=[1, 2], help="hosts at once (2)")
     parser.add_argument("--result", type=Path, default=RESULTS, help="results, a line for each cell")
     parser.add_argument("--again", action="store_true", help="also run cells that violated the invariant")
+    parser.add_argument(
+        "--follow-up", action="store_true", help="deploy once more after each cell, not only with the next"
+    )
     parser.add_argument("--representative", action="store_true", help="the cells of the test suite alone")
     return parser
 
@@ -73,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
 
     if cells:
         with open_site(options.lanes, HOSTS[: options.hosts]) as site:
-            run_cells(site, cells, tell)
+            run_cells(site, cells, tell, follow_up=options.follow_up)
     return show(options)
 
 

@@ -21,7 +21,7 @@ class Client:
     url: str
     last: str | None = None
     asked: int = 0
-    _silent_seconds: float = 0
+    _silences: list[tuple[float, float]] = field(default_factory=list)
     _silent_since: float | None = None
     _over: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -42,11 +42,15 @@ class Client:
         """The version that answered last; None when nothing did."""
         return tag_of(self.last)
 
-    @property
-    def silent_seconds(self) -> float:
-        """Seconds without service so far: from the first request that failed to the next that did not."""
+    def silent_seconds(self, held_from: float, held_until: float) -> float:
+        """Seconds without service: from each request that failed to the next that did not.
+
+        What lies between the two moments is not counted: there the test held the deployment still.
+        """
         since = self._silent_since
-        return self._silent_seconds + (time.monotonic() - since if since is not None else 0)
+        silences = [*self._silences, *([(since, time.monotonic())] if since is not None else [])]
+        held = (max(0.0, min(end, held_until) - max(begin, held_from)) for begin, end in silences)
+        return sum(end - begin for begin, end in silences) - sum(held)
 
     def _ask_on(self) -> None:
         if self.namespace is not None:
@@ -63,7 +67,7 @@ class Client:
         if self.last is None and self._silent_since is None:
             self._silent_since = asked_at
         if self.last is not None and self._silent_since is not None:
-            self._silent_seconds += time.monotonic() - self._silent_since
+            self._silences.append((self._silent_since, time.monotonic()))
             self._silent_since = None
 
 

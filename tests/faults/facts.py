@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,9 +98,15 @@ def on_host(host: Host, container: str) -> OnHost:
 
 def held_locks(folder: Path) -> list[str]:
     """Names of the files in `folder` that some process holds a lock on."""
-    inodes = {path.stat().st_ino: path.name for path in folder.glob("*") if path.is_file()}
-    held = {int(line.split()[5].rpartition(":")[2]) for line in _lock_lines()}
-    return sorted(name for inode, name in inodes.items() if inode in held)
+    names = {_lock_id(path): path.name for path in folder.glob("*") if path.is_file()}
+    held = {line.split()[5] for line in _lock_lines()}
+    return sorted(name for lock_id, name in names.items() if lock_id in held)
+
+
+def _lock_id(path: Path) -> str:
+    """How the kernel names a file: major and minor number of its device in hexadecimal, and its inode."""
+    found = path.stat()
+    return f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
 
 
 def _lock_lines() -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ class Attempt:
     run_ids: list[str] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
+    held_from: float = 0
+    held_until: float = 0
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,14 @@ def _left_over(attempt: Attempt, now: OnHost) -> Iterator[tuple[str, int]]:
     for image, size_bytes in now.images.items():
         if image not in needed:
             yield f"image {image[:19]} is left", size_bytes
-    mine = {entry["deployment_id"] for entry in facts.ledger(service.host, service.name)}
+    entries = facts.ledger(service.host, service.name)
+    mine = {entry["deployment_id"] for entry in entries} - _resumable(attempt, entries)
     for path in Path(service.host.environment["HOOK_RECEIVER_STATE_DIR"]).glob("packages/*"):
         if path.name.partition(".")[0] in mine:
             yield f"package {path.name} is left", path.stat().st_size
+
+
+def _resumable(attempt: Attempt, entries: Sequence[dict[str, Any]]) -> set[str]:
+    """What the last deployment sent in part is kept for the next one, unless a person cancelled it."""
+    last = entries[-1:] if attempt.cell.fault.name != "cancel" else []
+    return {entry["deployment_id"] for entry in last if entry["state"] == "receiving"}

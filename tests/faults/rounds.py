@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from blake3 import blake3
+
 from deployments import lab_http
 from deployments.lab import Host
 from tests.e2e.deploying import prefect_api, wait_for
@@ -20,6 +22,7 @@ from tests.faults.points import THROUGHOUT
 from tests.faults.results import Result
 from tests.faults.site import Lane, Site
 
+STATE_DIR = "HOOK_RECEIVER_STATE_DIR"
 ARRIVAL_SECONDS = 90.0
 AGREEMENT_SECONDS = 60.0
 DEPLOYMENT_SECONDS = 150.0
@@ -120,8 +123,10 @@ def _strike(site: Site, attempts: Sequence[Attempt]) -> float:
             scenes[attempt.cell.fault.name].run_ids += attempt.run_ids
         for attempt, scene in _one_of_each(attempts, scenes):
             attempt.cell.fault.strike(scene)
-        for hold in (hold for attempt in attempts for hold in attempt.holds):
-            hold.release()
+        for attempt in attempts:
+            attempt.held_until = time.monotonic()
+            for hold in attempt.holds:
+                hold.release()
         for attempt, scene in _one_of_each(attempts, scenes):
             attempt.cell.fault.meanwhile(scene)
         _await_ends([attempt for attempt in attempts if attempt.cell.point.name == THROUGHOUT])
@@ -164,14 +169,18 @@ def _start(site: Site, attempt: Attempt) -> None:
 def _await_arrival(attempts: Sequence[Attempt]) -> None:
     """Until every process is at its point; one that never comes there is noted."""
     deadline = time.monotonic() + ARRIVAL_SECONDS
-    for attempt in attempts:
-        while not all(hold.pid for hold in attempt.holds):
+    under_way = list(attempts)
+    while under_way:
+        for attempt in under_way.copy():
             row = facts.workflow(attempt.lane.service.lab, attempt.run_ids[0])
-            is_over = bool(row) and (row or {})["current_state"] in _TERMINAL
-            if is_over or time.monotonic() > deadline:
+            if all(hold.pid for hold in attempt.holds):
+                attempt.held_from = time.monotonic()
+            elif (row and row["current_state"] in _TERMINAL) or time.monotonic() > deadline:
                 attempt.trouble.append("the point was not reached")
-                break
-            time.sleep(0.05)
+            else:
+                continue
+            under_way.remove(attempt)
+        time.sleep(0.05)
 
 
 def _await_ends(attempts: Sequence[Attempt]) -> None:
@@ -210,16 +219,20 @@ def _await_agreement(site: Site, attempts: Sequence[Attempt], back_at: float) ->
             if not sight.violations or seconds > AGREEMENT_SECONDS:
                 settled[number] = sight, seconds
         time.sleep(1)
-    _check_locks(attempts)
+    _check_locks(site, attempts)
     return [settled[number] for number in range(len(attempts))]
 
 
-def _check_locks(attempts: Sequence[Attempt]) -> None:
-    """No lock of the host is held now: nothing else runs on it during a round."""
+def _check_locks(site: Site, attempts: Sequence[Attempt]) -> None:
+    """No lock is held now, neither of a container on its host nor of a deployment beside the records."""
+    beside = Path(f"{facts.home(site.lab) / 'records.db'}.locks")
     for attempt in attempts:
-        folder = Path(attempt.lane.service.host.environment["HOOK_RECEIVER_STATE_DIR"]) / "locks"
-        if held := facts.held_locks(folder):
-            attempt.trouble.append(f"locks are held on the host: {', '.join(held)}")
+        service = attempt.lane.service
+        if f"{service.name}.lock" in facts.held_locks(Path(service.host.environment[STATE_DIR]) / "locks"):
+            attempt.trouble.append("the container's lock is held on the host")
+        name = blake3(f"{service.name}@{service.host.name}".encode()).hexdigest()[:32]
+        if name in facts.held_locks(beside):
+            attempt.trouble.append("the container is locked beside the records")
 
 
 def _follow_up(attempts: Sequence[Attempt]) -> None:
@@ -247,7 +260,7 @@ def _result(attempt: Attempt, sight: Sight, agreed_seconds: float, took_seconds:
         state=sight.state,
         events=sight.events,
         left_bytes=sight.left_bytes,
-        silent_seconds=round(attempt.client.silent_seconds, 2),
+        silent_seconds=round(attempt.client.silent_seconds(attempt.held_from, attempt.held_until), 2),
         agreed_seconds=round(agreed_seconds, 1),
         took_seconds=round(took_seconds, 1),
         violations=[*attempt.trouble, *sight.violations],

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from prefect.testing.utilities import prefect_test_harness
 
-from tasks.active import DeploymentUnderWay, alone, held_if_free
+from deployments.register import limit_deployments
+from tasks.active import DeploymentUnderWay, alone, held_if_free, slot
 from tasks.records import NewWorkflow, Records
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -68,3 +70,23 @@ async def test_who_is_refused_is_told_who_deploys_since_when(records_url: str) -
                 pytest.fail("two deployments at once")
         assert f"(v7, PENDING) since {since} by w-1" in str(refused.value)
         assert len(told) == 1
+
+
+async def test_no_more_deployments_at_once_than_the_limit_allows() -> None:
+    """MAX_CONCURRENT_DEPLOYMENTS=2: of five that want to deploy, two do at any moment, and all in the end."""
+    at_work, most, done = 0, 0, 0
+
+    async def deploy() -> None:
+        nonlocal at_work, most, done
+        async with slot():
+            at_work += 1
+            most = max(most, at_work)
+            await asyncio.sleep(0.2)
+            at_work -= 1
+            done += 1
+
+    with prefect_test_harness(server_startup_timeout=60):
+        await limit_deployments(2)
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(deploy() for _ in range(5)))
+    assert (most, done) == (2, 5)
