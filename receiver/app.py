@@ -23,7 +23,7 @@ from docker.errors import DockerException
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from requests.exceptions import RequestException
 
-from receiver import access, contract, logs, problems, versions
+from receiver import access, contract, locks, logs, problems, versions
 from receiver.access import Access
 from receiver.contract import (
     DeploymentStatus,
@@ -152,6 +152,13 @@ class Service:
             return entry
         return await asyncio.to_thread(self.ledger.move, entry.deployment_id, HostState.READY)
 
+    def status(self, deployment_id: str) -> DeploymentStatus:
+        """What the ledger says, and whether a process works on the deployment now."""
+        status = self.ledger.status(deployment_id)
+        holder = locks.holder_of(self.settings.locks_dir, status.container_name)
+        is_held = holder is not None and holder.deployment_id == deployment_id
+        return status.model_copy(update={"is_held": is_held})
+
     async def operate(self, work: Callable[[Host], Awaitable[DeploymentStatus]]) -> DeploymentStatus:
         """Run an operation of the host."""
         try:
@@ -263,14 +270,14 @@ async def take_chunk(deployment_id: str, request: Request, service: TheService) 
 @router.get(contract.deploy_path("{deployment_id}", "status"))
 async def tell_status(deployment_id: str, service: TheService) -> Response:
     """Everything the control host may know of a deployment."""
-    return as_json(await asyncio.to_thread(service.ledger.status, deployment_id))
+    return as_json(await asyncio.to_thread(service.status, deployment_id))
 
 
 @router.get(contract.workflow_path("{workflow_id}"))
 async def tell_status_of_workflow(workflow_id: str, service: TheService) -> Response:
     """The same for the deployment that a workflow announced, for when its id was lost with its sender."""
     entry = await asyncio.to_thread(service.ledger.of_workflow, workflow_id)
-    return as_json(await asyncio.to_thread(service.ledger.status, entry.deployment_id))
+    return as_json(await asyncio.to_thread(service.status, entry.deployment_id))
 
 
 @router.post(contract.deploy_path("{deployment_id}", "restore"))

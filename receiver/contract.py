@@ -347,7 +347,7 @@ class HostFacts(WireModel):
 
 
 class DeploymentStatus(WireModel):
-    """Answer to `GET /api/deploy/{id}/status`."""
+    """Answer to `GET /api/deploy/{id}/status`; `is_held` while a process on the host works on it."""
 
     deployment_id: str
     workflow_id: str | None
@@ -362,6 +362,7 @@ class DeploymentStatus(WireModel):
     gates: list[QualityGate]
     error_code: ErrorCode | None = None
     error_message: str | None = None
+    is_held: bool = False
     created_at: datetime
     updated_at: datetime
 

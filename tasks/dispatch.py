@@ -36,6 +36,7 @@ from tasks.policies import operation
 POLL_SECONDS = 0.3
 RUN_POLL_SECONDS = 2.0
 START_DEADLINE_SECONDS = 90.0
+DEAD_AFTER_SECONDS = 10.0
 NOT_FOUND = 404
 _UNENDED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
 _DISPATCH = RetryPolicy(max_attempts=3, timeout_ms=30_000)
@@ -84,7 +85,7 @@ async def follow(
 
     Raises `StageTimeout`, or `DeploymentFailed` when the run ended or never began and the host waits.
     """
-    began, next_look = time.monotonic(), time.monotonic() + RUN_POLL_SECONDS
+    began, idle = time.monotonic(), _Idle(host, flow_run_id)
     last: DeploymentStatus | None = None
     async with host.receiver(correlation_id=correlation_id) as receiver:
         while time.monotonic() - began < timeout_seconds:
@@ -94,13 +95,11 @@ async def follow(
                 await heard(status)
             if status is not None and reached(status):
                 return status
-            if status is not None and status.state is HostState.READY and time.monotonic() >= next_look:
-                trouble = await run_trouble(host, flow_run_id, time.monotonic() - began)
+            if trouble := await idle.trouble(status):
                 # The run may have begun since the host was asked: only what holds before and after counts.
-                status = await _ask(receiver, deployment_id) if trouble else None
-                if trouble and status is not None and status.state is HostState.READY:
+                status = await _ask(receiver, deployment_id)
+                if status is not None and _is_idle(status):
                     raise trouble
-                next_look = time.monotonic() + RUN_POLL_SECONDS
             await asyncio.sleep(POLL_SECONDS)
     state = last.state if last else "unreachable"
     raise StageTimeout(f"the host was {state} for {timeout_seconds:.0f} s on end; the stage's time is up")
@@ -117,8 +116,33 @@ async def _ask(receiver: ReceiverClient, deployment_id: str) -> DeploymentStatus
         return None
 
 
-async def run_trouble(host: RemoteHost, flow_run_id: UUID, waited_seconds: float) -> DeploymentFailed | None:
-    """Why a host that still waits will go on waiting: its run has ended, or nobody took it in time."""
+def _is_idle(status: DeploymentStatus) -> bool:
+    """The host has the whole package, and nobody there works on it."""
+    return status.state is HostState.READY and not status.is_held
+
+
+class _Idle:
+    """For how long a host has had work that nobody does, and why."""
+
+    def __init__(self, host: RemoteHost, flow_run_id: UUID) -> None:
+        self._host, self._flow_run_id = host, flow_run_id
+        self._since = time.monotonic()
+        self._next_look = self._since + RUN_POLL_SECONDS
+
+    async def trouble(self, status: DeploymentStatus | None) -> DeploymentFailed | None:
+        """Why it will stay so, if it will; Prefect is asked every few seconds."""
+        now = time.monotonic()
+        if status is None or not _is_idle(status):
+            self._since = now
+            return None
+        if now < self._next_look:
+            return None
+        self._next_look = now + RUN_POLL_SECONDS
+        return await run_trouble(self._host, self._flow_run_id, now - self._since)
+
+
+async def run_trouble(host: RemoteHost, flow_run_id: UUID, idle_seconds: float) -> DeploymentFailed | None:
+    """Why an idle host will stay idle: its run has ended or died, or nobody took it in time."""
     async with get_client() as client:
         run = await client.read_flow_run(flow_run_id)
     if run.state is None or run.state.is_final():
@@ -127,10 +151,17 @@ async def run_trouble(host: RemoteHost, flow_run_id: UUID, waited_seconds: float
             f"the run on the host ended before it began to work: {message}",
             next_step=f"Read the log of flow run {flow_run_id}.",
         )
-    if waited_seconds > START_DEADLINE_SECONDS and run.start_time is None:
+    if idle_seconds > START_DEADLINE_SECONDS and run.start_time is None:
         return DeploymentFailed(
             f"no worker of pool {host.work_pool_name!r} took the run in {START_DEADLINE_SECONDS:.0f} s",
             next_step=f"On the host: prefect worker start --pool {host.work_pool_name} --type process",
+        )
+    running_seconds = run.estimated_run_time.total_seconds()
+    if min(idle_seconds, running_seconds) > DEAD_AFTER_SECONDS:
+        return DeploymentFailed(
+            f"the run on the host died: Prefect has it {run.state.name} for {running_seconds:.0f} s, "
+            "but no process there works on the deployment",
+            next_step=f"Read the log of the host's worker and of flow run {flow_run_id}, then deploy again.",
         )
     return None
 

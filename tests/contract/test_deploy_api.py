@@ -172,3 +172,16 @@ async def test_other_methods_are_refused_as_problems(caller: Caller) -> None:
     response = await caller.call("DELETE", contract.DEPLOY_PATH)
     assert (response.status_code, slug(response)) == (405, "method-not-allowed")
     assert (await replace(caller).send("DELETE", contract.HEALTH_PATH)).status_code == 405
+
+
+async def test_the_status_says_whether_a_process_works_on_the_deployment(
+    caller: Caller, settings: ReceiverSettings
+) -> None:
+    """One that works on another deployment of the same container does not count."""
+    mine = (await caller.announce()).json()["deployment_id"]
+    other = (await caller.announce()).json()["deployment_id"]
+    assert not (await caller.status(mine)).is_held
+    with locks.container_lock(settings.locks_dir, REQUEST.container_name, mine):
+        assert (await caller.status(mine)).is_held
+        assert not (await caller.status(other)).is_held
+    assert not (await caller.status(mine)).is_held

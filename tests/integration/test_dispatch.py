@@ -56,7 +56,7 @@ async def run_in(state: State[Any]) -> UUID:
     return run.id
 
 
-def answer(state: HostState) -> tuple[int, bytes]:
+def answer(state: HostState, *, is_held: bool = False) -> tuple[int, bytes]:
     """The receiver's answer to a question for the status."""
     now = datetime.now(UTC)
     status = DeploymentStatus(
@@ -65,6 +65,7 @@ def answer(state: HostState) -> tuple[int, bytes]:
         container_name="web",
         image_tag="v1",
         state=state,
+        is_held=is_held,
         upload_offset=0,
         package_bytes=None,
         facts=HostFacts(),
@@ -167,10 +168,7 @@ async def test_a_run_that_nobody_takes_is_told_with_the_workers_command(
 async def test_a_run_that_works_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it takes: the stage has its own deadline."""
     monkeypatch.setattr(dispatch, "START_DEADLINE_SECONDS", 0.5)
-    run_id = await run_in(Scheduled())
-    async with get_client() as client:
-        await client.set_flow_run_state(run_id, Running())
-    assert await dispatch.run_trouble(host_at(8001), run_id, 100) is None
+    assert await dispatch.run_trouble(host_at(8001), await running(), 100) is None
 
 
 # -- follow ------------------------------------------------------------------------------------------
@@ -184,6 +182,30 @@ async def test_a_run_that_ended_while_the_host_still_waits_is_told(ended: State[
         with pytest.raises(DeploymentFailed, match=f"before it began to work: {ended.message}") as failed:
             await follow(host, run_id, NEVER_SECONDS)
     assert str(run_id) in failed.value.next_step
+
+
+async def running() -> UUID:
+    """A run that Prefect has RUNNING, whatever became of its process."""
+    run_id = await run_in(Scheduled())
+    async with get_client() as client:
+        await client.set_flow_run_state(run_id, Running())
+    return run_id
+
+
+async def test_a_run_whose_process_died_before_it_began_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect has it RUNNING for ever; the host has nobody who works on the deployment."""
+    monkeypatch.setattr(dispatch, "DEAD_AFTER_SECONDS", 0.3)
+    async with receiver(answer(HostState.READY)) as host:
+        with pytest.raises(DeploymentFailed, match="the run on the host died"):
+            await follow(host, await running(), NEVER_SECONDS)
+
+
+async def test_a_host_that_works_on_a_waiting_package_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long load of the image is no death."""
+    monkeypatch.setattr(dispatch, "DEAD_AFTER_SECONDS", 0.0)
+    told = [answer(HostState.READY, is_held=True)] * 40
+    async with receiver(*told, answer(HostState.KEPT)) as host:
+        assert (await follow(host, await running(), NEVER_SECONDS)).state is HostState.KEPT
 
 
 async def test_a_host_that_began_while_prefect_was_asked_is_followed_to_its_end(
