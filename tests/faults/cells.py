@@ -71,6 +71,7 @@ _REPRESENTATIVE = {
     "clock_steps_back": ("mid upload_package",),
     "server_gone": ("before record DEPLOYING", "before start_container"),
     "records_locked": ("before record DEPLOYING",),
+    "records_gone": ("before record DEPLOYING", "before record COMPLETED"),
 }
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import asyncpg  # type: ignore[import-untyped]  # it ships no types
 
 from deployments import lab_cgroups
 from deployments.lab import Host, Lab
 from deployments.lab_teardown import WORK
 from receiver.contract import LABEL_CONTAINER, LABEL_WORKFLOW
+
+POSTGRESQL_PORT = 5432
 
 
 def home(lab: Lab) -> Path:
@@ -35,8 +40,35 @@ def query(database: Path, sql: str, *values: object) -> list[dict[str, Any]] | N
 
 
 def records(lab: Lab, sql: str, *values: object) -> list[dict[str, Any]] | None:
-    """Rows of the control side's records."""
-    return query(home(lab) / "records.db", sql, *values)
+    """Rows of the control side's records, in whichever of its databases there are any."""
+    rows = query(home(lab) / "records.db", sql, *values)
+    return asyncio.run(_query_postgresql(lab, sql, values)) if rows == [] else rows
+
+
+def postgresql(lab: Lab) -> Path:
+    """A link to the folder of the PostgreSQL cluster of the control side, if it has one."""
+    return lab.state_dir / "postgresql"
+
+
+async def _query_postgresql(lab: Lab, sql: str, values: Sequence[object]) -> list[dict[str, Any]] | None:
+    """Rows; none where there is no cluster or no table yet, None from one that is down."""
+    if not postgresql(lab).exists():
+        return []
+    for number in range(1, len(values) + 1):
+        sql = sql.replace("?", f"${number}", 1)
+    try:
+        folder = str(postgresql(lab).resolve())
+        connection = await asyncpg.connect(
+            host=folder, port=POSTGRESQL_PORT, user="postgres", database="postgres"
+        )
+    except (OSError, asyncpg.PostgresError):
+        return None
+    try:
+        return [dict(row) for row in await connection.fetch(sql, *values)]
+    except asyncpg.UndefinedTableError:
+        return []
+    finally:
+        await connection.close()
 
 
 def workflow(lab: Lab, run_id: str) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from tests.faults import facts
 from tests.faults.site import Site
 
 BROKER_THAT_IS_GONE = "127.0.0.1:9"
+POSTGRESQL = f"postgresql://postgres@127.0.0.1:{facts.POSTGRESQL_PORT}/postgres"
 
 
 class Scope(IntEnum):
@@ -128,6 +129,13 @@ def _lock_records(scene: Scene) -> None:
     rival.execute("BEGIN EXCLUSIVE")
 
 
+def _end_postgresql(scene: Scene) -> None:
+    """At once, as when its machine lost its power."""
+    server = scene.control.services["postgresql"].process
+    server.send_signal(signal.SIGQUIT)
+    server.wait(30)
+
+
 def _cancel(scene: Scene) -> None:
     for run_id in scene.run_ids:
         body = {"state": {"type": "CANCELLING"}}
@@ -224,6 +232,15 @@ _ALL = (
         strike=_lock_records,
         meanwhile=lasting(15),
         heal=lambda scene: scene.undo.close(),
+    ),
+    Fault(
+        "records_gone",
+        Scope.LAB,
+        environment={"DATABASE_URL": POSTGRESQL},
+        prepare=lambda scene: scene.site.start_postgresql(),
+        strike=_end_postgresql,
+        meanwhile=lasting(15),
+        heal=lambda scene: scene.site.start_postgresql(),
     ),
 )
 BY_NAME: Mapping[str, Fault] = MappingProxyType({fault.name: fault for fault in _ALL})

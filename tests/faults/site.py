@@ -13,8 +13,9 @@ from typing import Any
 
 from deployments.lab import Host, Lab
 from tests.e2e.deploying import Service, in_control, place_sample
-from tests.faults import holds
+from tests.faults import facts, holds
 from tests.faults.holds import Holds
+from tests.postgresql import Cluster
 
 HOSTS = ("host-a", "host-b")
 DISK_BYTES = 1_000_000_000
@@ -54,6 +55,17 @@ class Site:
     lab: Lab
     holds: Holds
     lanes: dict[str, list[Lane]]
+    postgresql: Cluster
+
+    def start_postgresql(self) -> None:
+        """Start the other database of the records, unless it runs; returns when it answers."""
+        control = self.lab.control
+        if "postgresql" not in control.services:
+            control.spawn("postgresql", *self.postgresql.command, cwd=self.postgresql.folder)
+        server = control.services["postgresql"]
+        if not server.alive:
+            server.start()
+        self.postgresql.wait(lambda: server.alive, server.log)
 
     def replace(self, lane: Lane) -> Lane:
         """A new lane in place of one whose service a cell has left in ruins."""
@@ -101,4 +113,11 @@ def open_site(lanes_per_host: int, hosts: Sequence[str] = HOSTS) -> Iterator[Sit
         lanes = {
             name: [new_lane(lab, host) for _ in range(lanes_per_host)] for name, host in lab.hosts.items()
         }
-        yield Site(lab, Holds(folder), lanes)
+        cluster = Cluster.make(facts.POSTGRESQL_PORT)
+        facts.postgresql(lab).symlink_to(cluster.folder)
+        try:
+            yield Site(lab, Holds(folder), lanes, cluster)
+        finally:
+            if "postgresql" in lab.control.services:
+                lab.control.services["postgresql"].stop()
+            cluster.remove()
