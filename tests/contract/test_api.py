@@ -534,7 +534,7 @@ async def test_the_status_has_the_specifications_shape(rig: Rig) -> None:
     assert stage["operations"][0]["name"] == "build_docker_image"
 
 
-@pytest.mark.parametrize("workflow_id", ["no-such-id", str(uuid4()), "%00", "a" * 3000, "..%2fhealth"])
+@pytest.mark.parametrize("workflow_id", ["no-such-id", str(UUID(int=7)), "%00", "a" * 3000, "..%2fhealth"])
 async def test_an_unknown_workflow_is_404(rig: Rig, workflow_id: str) -> None:
     """For status and history alike."""
     for path in (f"{LIST}/status/{workflow_id}", f"{LIST}/{workflow_id}/history"):

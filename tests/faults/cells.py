@@ -80,13 +80,22 @@ def representative() -> list[Cell]:
     return [cell(fault, point) for fault, names in _REPRESENTATIVE.items() for point in names]
 
 
-def rounds(cells: Iterable[Cell], width: int) -> dict[Scope, list[Sequence[Cell]]]:
-    """Cells that one round takes together: of one fault, unless the faults are felt by one run alone."""
-    found: dict[Scope, list[Sequence[Cell]]] = {scope: [] for scope in Scope}
+def rounds(cells: Iterable[Cell], lanes: int, hosts: int) -> dict[Scope, list[Sequence[Cell]]]:
+    """Cells that one round takes together: of one fault, unless the faults are felt by one run alone.
+
+    A round is of one host, or of all where all feel the fault. Rounds of different faults take turns, so that
+    a run that is ended early has seen something of each.
+    """
+    found: dict[Scope, list[list[Sequence[Cell]]]] = {scope: [] for scope in Scope}
     for (scope, _), group in itertools.groupby(sorted(cells, key=_company), key=_company):
-        together = list(group)
-        found[scope] += [together[at : at + width] for at in range(0, len(together), width)]
-    return found
+        together, width = list(group), lanes * (hosts if scope is Scope.LAB else 1)
+        found[scope].append([together[at : at + width] for at in range(0, len(together), width)])
+    return {scope: _in_turn(groups) for scope, groups in found.items()}
+
+
+def _in_turn(groups: Iterable[Sequence[Sequence[Cell]]]) -> list[Sequence[Cell]]:
+    turns = itertools.zip_longest(*groups)
+    return [each for turn in turns for each in turn if each is not None]
 
 
 def _company(each: Cell) -> tuple[Scope, str]:

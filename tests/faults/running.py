@@ -29,7 +29,7 @@ def run_cells(site: Site, cells: Iterable[Cell], tell: Tell, *, follow_up: bool 
             tell(result)
 
     width = min(len(lanes) for lanes in site.lanes.values())
-    rounds = matrix.rounds(cells, width)
+    rounds = matrix.rounds(cells, width, len(site.lanes))
     _on_each_host(site, [*rounds[Scope.RUN], *rounds[Scope.HOST]], run)
     for together in rounds[Scope.LAB]:
         lanes = [lane for group in zip(*site.lanes.values(), strict=True) for lane in group]

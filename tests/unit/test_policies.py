@@ -57,7 +57,7 @@ def test_operations_have_the_timeout_of_the_table(name: str) -> None:
     assert OPERATIONS[name].timeout_seconds == OPERATION_POLICIES[name].timeout_ms / 1000
 
 
-@pytest.mark.parametrize("name", LIMITED_BY_THE_REQUEST)
+@pytest.mark.parametrize("name", sorted(LIMITED_BY_THE_REQUEST))
 def test_operations_that_the_request_limits_get_their_time_from_the_flow(name: str) -> None:
     """Prefect's task itself holds none."""
     assert OPERATIONS[name].timeout_seconds is None
@@ -77,7 +77,7 @@ def test_operations_of_the_control_host_are_retried_as_the_table_says(name: str)
     assert OPERATIONS[name].retry_delay_seconds == policy.delays_seconds()
 
 
-@pytest.mark.parametrize("name", CHANGES_A_CONTAINER)
+@pytest.mark.parametrize("name", sorted(CHANGES_A_CONTAINER))
 def test_operations_that_change_a_container_are_tried_once(name: str) -> None:
     """What a half-done step left is the journal's business, not a retry's."""
     assert OPERATIONS[name].retries == 0
