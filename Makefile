@@ -27,8 +27,7 @@ test: services-for-test $(VENV)/.dev ## Lint, type-check and run all tests on re
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
 
 faults: services-for-test $(VENV)/.dev ## Strike running deployments with faults and check what serves; hours, resumable
-	$(BIN)/python -m tests.faults run
-	$(BIN)/python -m tests.faults table
+	$(BIN)/python -m tests.faults run $(ARGS)
 
 test-unit: $(VENV)/.dev ## Run the tests that need no service
 	$(BIN)/python -m pytest tests/unit tests/contract tests/test_architecture.py

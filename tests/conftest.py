@@ -21,6 +21,7 @@ _GROUPS = {
 _TESTS = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each test its group: one of the above, else its module."""
     order = list(_GROUPS)

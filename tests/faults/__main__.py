@@ -1,6 +1,6 @@
-"""The fault matrix by hand.
+"""The fault matrix by hand: cells whose result is in the file are not run again.
 
-python -m tests.faults run [--only FAULT[:POINT]] [--lanes N] [--result FILE] [--again] [--representative]
+python -m tests.faults run [--afresh | --again] [--only FAULT[:POINT]] [--lanes N] [--result FILE]
 python -m tests.faults table | readme [--result FILE]
 """
 
@@ -19,7 +19,7 @@ from tests.faults.running import run_cells
 from tests.faults.site import HOSTS, open_site
 
 PROJECT = Path(__file__).resolve().parents[2]
-RESULTS = PROJECT / ".faults" / "results.jsonl"
+RESULTS = Path(__file__).with_name("results.jsonl")
 BEGIN, END = "<!-- faults:begin -->\n", "<!-- faults:end -->"
 
 
@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--hosts", type=int, default=len(HOSTS), choices=[1, 2], help="hosts at once (2)")
     parser.add_argument("--result", type=Path, default=RESULTS, help="results, a line for each cell")
     parser.add_argument("--again", action="store_true", help="also run cells that violated the invariant")
+    parser.add_argument("--afresh", action="store_true", help="forget all results first")
     parser.add_argument(
         "--follow-up", action="store_true", help="deploy once more after each cell, not only with the next"
     )
@@ -62,6 +63,8 @@ def _matches(cell: Cell, only: str) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     """Run what is wanted, print the table; 1 when a cell violates the invariant."""
+    if options.afresh:
+        options.result.unlink(missing_ok=True)
     cells, told = wanted(options), 0
     print(f"{len(cells)} cells to run; results in {options.result}", flush=True)
 
@@ -77,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
     if cells:
         with open_site(options.lanes, HOSTS[: options.hosts]) as site:
             run_cells(site, cells, tell, follow_up=options.follow_up)
+        results.tidy(options.result)
     return show(options)
 
 
@@ -85,7 +89,7 @@ def show(options: argparse.Namespace) -> int:
     found = list(results.load(options.result).values())
     print(results.table(found))
     violating = sum(bool(result.violations) for result in found)
-    print(f"{len(found)} cells, {violating} violate the invariant")
+    print(f"{len(found)} of {len(matrix.full())} cells, {violating} violate the invariant")
     return 1 if violating else 0
 
 
@@ -97,9 +101,14 @@ def write_readme(options: argparse.Namespace) -> int:
     if not begin or not end:
         print(f"README.md holds no {BEGIN.strip()} ... {END}", file=sys.stderr)
         return 2
-    summary = results.summary(results.load(options.result).values())
-    readme.write_text(f"{before}{begin}{summary}\n{end}{after}")
+    readme.write_text(f"{before}{begin}{summary(options.result)}{end}{after}")
     return 0
+
+
+def summary(result: Path) -> str:
+    """What the README says of a file of results."""
+    found = results.load(result)
+    return f"{results.summary(found.values(), len(matrix.full()))}\n"
 
 
 def main(arguments: Sequence[str]) -> int:

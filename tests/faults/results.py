@@ -62,6 +62,15 @@ def load(path: Path) -> dict[str, Result]:
     return found
 
 
+def tidy(path: Path) -> None:
+    """Keep the last result of each cell alone, by name."""
+    found = load(path)
+    lines = [json.dumps(asdict(found[name])) + "\n" for name in sorted(found)]
+    new = path.with_suffix(".new")
+    new.write_text("".join(lines))
+    new.replace(path)
+
+
 _HEADINGS = ("fault", "point", "serving", "workflow", "events", "disk", "silent s", "agreed s", "verdict")
 
 
@@ -84,12 +93,16 @@ def _columns(result: Result) -> Sequence[str]:
     )
 
 
-def summary(results: Iterable[Result]) -> str:
-    """A Markdown table: each fault with its cells, and for how long nothing served."""
+def summary(results: Iterable[Result], cells: int) -> str:
+    """Markdown: how many of all `cells` were run; each fault with its cells and the time without service."""
     by_fault: dict[str, list[Result]] = {}
     for result in results:
         by_fault.setdefault(result.fault, []).append(result)
+    run = sum(map(len, by_fault.values()))
     lines = [
+        f"{run} of {cells} cells were run. Seconds in which the test itself held the deployment",
+        "still are not counted.",
+        "",
         "| fault | cells | invariant held | seconds without service, median | most |",
         "|---|---:|---:|---:|---:|",
     ]

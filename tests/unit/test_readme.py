@@ -9,6 +9,7 @@ from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
 from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.states import TRIGGERS, WorkflowState
+from tests.faults import __main__ as faults
 
 PROJECT = Path(__file__).resolve().parents[2]
 README = (PROJECT / "README.md").read_text()
@@ -69,3 +70,8 @@ def test_every_link_into_the_repository_leads_somewhere() -> None:
         assert path.exists(), target
         if text.startswith("test_"):
             assert f"def {text}(" in path.read_text(), text
+
+
+def test_the_summary_of_the_faults_is_that_of_their_results() -> None:
+    """As `python -m tests.faults readme` writes it."""
+    assert faults.BEGIN + faults.summary(faults.RESULTS) + faults.END in README
