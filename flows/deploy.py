@@ -5,6 +5,7 @@ Holds the order of work alone: SQL, HTTP and Docker live in `tasks`.
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from typing import Any
 
 from prefect import State, flow
@@ -81,10 +82,11 @@ async def deploy_container(
         wait_seconds=wait_seconds,
     )
     check_paths(parameters.build_options)
-    async with open_workflow(parameters) as workflow:
+    async with AsyncExitStack() as in_use:
+        workflow = await in_use.enter_async_context(open_workflow(parameters))
         try:
             await reconcile.finish_earlier(workflow)
-            metadata, image = await _package(workflow)
+            metadata, image = await _package(workflow, in_use)
             await _transfer(workflow, metadata, image)
             await deploy_and_validate(workflow)
         except Exception as exc:  # noqa: BLE001 - whatever failed, the host and the records are brought to rest
@@ -92,8 +94,13 @@ async def deploy_container(
         return await ending.complete(workflow)
 
 
-async def _package(workflow: Workflow) -> tuple[ImageMetadata, ImagePackage]:
-    """Stage 1. An unchanged image is neither built nor exported again, unless it is gone."""
+async def _package(
+    workflow: Workflow, in_use: AsyncExitStack[bool | None]
+) -> tuple[ImageMetadata, ImagePackage]:
+    """Stage 1. An unchanged image is neither built nor exported again, unless it is gone.
+
+    The package is not dropped for those of other deployments while it is `in_use`.
+    """
     asked = workflow.parameters
     reference = f"{asked.container_name}:{asked.image_tag}"
     await workflow.advance(WorkflowState.PACKAGING)
@@ -103,6 +110,7 @@ async def _package(workflow: Workflow) -> tuple[ImageMetadata, ImagePackage]:
         image_id = await package.build_or_reuse(stage, asked)
         metadata = await stage.run(package.gather_metadata, image_id, reference)
         image = await package.export_or_reuse(stage, metadata)
+        in_use.enter_context(store.package_in_use(image.path))
         await package.check_image(stage, metadata, image, asked.build_options, architecture)
         stage.artifacts |= await reporting.shown(
             reporting.write_package_artifacts(workflow.workflow_id, metadata, image)

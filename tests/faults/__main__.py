@@ -79,7 +79,9 @@ def run(options: argparse.Namespace) -> int:
 
     if cells:
         with open_site(options.lanes, HOSTS[: options.hosts]) as site:
-            run_cells(site, cells, tell, follow_up=options.follow_up)
+            for is_fine in (False, True):  # operations and journalled steps, then the calls within them
+                part = [cell for cell in cells if cell.point.is_fine is is_fine]
+                run_cells(site, part, tell, follow_up=options.follow_up)
         results.tidy(options.result)
     return show(options)
 

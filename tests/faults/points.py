@@ -18,6 +18,11 @@ class Point:
     side: Side
     is_rollback: bool = False
 
+    @property
+    def is_fine(self) -> bool:
+        """One of the calls within a step: to the engine, or of the records."""
+        return bool({"record", "engine"} & set(self.name.split()))
+
     def __str__(self) -> str:
         return self.name
 
@@ -55,6 +60,3 @@ BY_NAME = {
     THROUGHOUT: Point(THROUGHOUT, "control"),
     BEFORE_LOCK: Point(BEFORE_LOCK, "control"),
 }
-OPERATIONS = tuple(
-    point for point in (*CONTROL, *HOST) if not {"record", "journal", "engine"} & set(point.name.split())
-)
