@@ -24,7 +24,7 @@ demo-stop: $(VENV)/.control ## Take the demo away, with everything it made
 
 test: services-for-test $(VENV)/.dev ## Lint, type-check and run all tests on real services
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST_ARGS)
 
 faults: services-for-test $(VENV)/.dev ## Strike running deployments with faults and check what serves; hours, resumable
 	$(BIN)/python -m tests.faults run $(ARGS)

@@ -23,7 +23,7 @@ def results(lab_possible: None, request: pytest.FixtureRequest) -> dict[str, Res
     def tell(result: Result) -> None:
         found[result.cell] = result
 
-    with open_site(lanes_per_host=4) as site:
+    with open_site(lanes_per_host=2) as site:
         run_cells(site, [cell for cell in CELLS if cell in wanted], tell, follow_up=False)
     return found
 
