@@ -65,6 +65,7 @@ def servers(furnished: Lab) -> Iterator[str]:
     """A real broker on the control side."""
     missing = lab_kafka.missing_requirement()
     require_service(missing is None, f"no Kafka here: {missing}", lab_kafka.INSTALL_HINT)
+    lab_kafka.fetch_jars()  # here: the control side's namespace reaches no one outside
     told = furnished.state_dir / "kafka-address"
     folder = str(furnished.state_dir / "kafka")
     broker = furnished.control.spawn("kafka", furnished.python, "-c", BROKER, folder, str(told))
