@@ -51,8 +51,8 @@ def postgresql(lab: Lab) -> Path:
 
 
 async def _query_postgresql(lab: Lab, sql: str, values: Sequence[object]) -> list[dict[str, Any]] | None:
-    """Rows; none where there is no cluster or no table yet, None from one that is down."""
-    if not postgresql(lab).exists():
+    """Rows; none where no cluster was ever started or there is no table yet, None from one that is down."""
+    if not (postgresql(lab) / "data" / "postmaster.opts").exists():
         return []
     for number in range(1, len(values) + 1):
         sql = sql.replace("?", f"${number}", 1)
