@@ -18,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, WorkPool
+from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
 from prefect.events.schemas.events import ResourceSpecification
-from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
-from prefect.types.entrypoint import EntrypointType
 from pydantic import ValidationError
 
 from blocks.event_broker import EventBroker
 from blocks.hmac_secret import HmacKeyMissing, HmacSecret
 from blocks.remote_host import RemoteHost
 from receiver.contract import DEFAULT_PORT
+from tasks import registration
 from tasks.active import SLOTS
+from tasks.registration import ensure_work_pool
 
 CONTROL_POOL = "control"
 # As prefect.yaml has it: a run that died is looked after at once, and everything within a minute.
@@ -59,27 +58,13 @@ class SettingRefused(Exception):
     """A setting of the control host is wrong"""
 
 
-async def ensure_work_pool(name: str) -> WorkPool:
-    """The work pool of type process, made when it is not there."""
-    async with get_client() as client:
-        try:
-            return await client.read_work_pool(name)
-        except ObjectNotFound:
-            return await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
-
-
 async def register_flow(
     flow: Flow[Any, Any], name: str, pool: str, working_dir: Path | None, **when: Any
 ) -> None:
-    """Make or update the Prefect deployment `<flow>/<name>`, by module path; `when` says what starts it."""
-    deployment = await flow.ato_deployment(
-        name=name,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-        job_variables={"working_dir": str(working_dir)} if working_dir else {},
-        **when,
+    """Make or update the Prefect deployment `<flow>/<name>`, and say so; `when` says what starts it."""
+    print(
+        f"deployment {await registration.register_flow(flow, name, pool, working_dir, **when)} in pool {pool}"
     )
-    await deployment.aapply(work_pool_name=pool)
-    print(f"deployment {flow.name}/{name} in pool {pool}")
 
 
 async def register_control(working_dir: Path | None = None) -> None:
@@ -124,10 +109,7 @@ async def register_host(name: str, address: str, port: int, *, tls: bool) -> Non
     from flows.restore import restore_container
 
     secret = HmacSecret.from_environment()
-    await secret.save(name, overwrite=True)
-    saved = await HmacSecret.load(name)
-    host = RemoteHost(address=address, port=port, hmac_secret=saved, tls=tls)
-    await host.save(name, overwrite=True)
+    host = await registration.save_host(name, RemoteHost(address=address, port=port, tls=tls), secret)
     print(f"block remote-host/{name}: {host.base_url}")
     await ensure_work_pool(host.work_pool_name)
     for flow in (receive_container, restore_container):
