@@ -82,7 +82,8 @@ async def provision_host(
     try:
         return await (_remove(asked, saved) if remove else _provision(asked, saved))
     except GantryError as exc:
-        return Failed(message=f"{exc}. Next: {exc.next_step}")
+        known = exc.next_step in str(exc)
+        return Failed(message=str(exc) if known else f"{exc}. Next: {exc.next_step}")
     except ReceiverError as exc:
         return Failed(message=str(exc))
 

@@ -67,9 +67,12 @@ printf '%s' "$marker" > "$prefix/.gantry-host"
 [ "$make_user" = no ] || getent passwd "$user" >/dev/null ||
     useradd --system --user-group --no-create-home --home-dir "$prefix/home" --shell /usr/sbin/nologin "$user"
 [ -z "$group" ] || usermod --append --groups "$(getent group "$group" | cut -d: -f1)" "$user"
-mkdir -p "$prefix/releases" "$prefix/wheelhouse" "$prefix/home" "$prefix/state" "$prefix/log" "$prefix/run"
-chmod 700 "$prefix/home" "$prefix/state" "$prefix/log" "$prefix/run"
-chown "$user:" "$prefix/home" "$prefix/state" "$prefix/log" "$prefix/run"
+mkdir -p "$prefix/releases" "$prefix/wheelhouse"
+for own in home state log run tmp; do
+    mkdir -p "$prefix/$own"
+    chmod 700 "$prefix/$own"
+    chown "$user:" "$prefix/$own"
+done
 """
 
 

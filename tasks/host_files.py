@@ -44,6 +44,8 @@ def environment(
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "HOME": asked.layout.at("home"),
+        # Prefect's runner keeps files in a folder of the temporary one that another user may have made.
+        "TMPDIR": asked.layout.at("tmp"),
         "PYTHONUNBUFFERED": "1",
         **{name: secret.get_secret_value() for name, secret in credentials.items()},
     }

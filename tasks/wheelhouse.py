@@ -118,7 +118,10 @@ def find_checkout() -> Checkout:
 
 
 def needed(checkout: Checkout, markers: Mapping[str, str]) -> dict[str, str]:
-    """Name and version of every package that a host needs, the project itself left out."""
+    """Every package that a host needs with its version, as `==1.2`; the project itself left out.
+
+    One that only the host needs is taken as its user asks for it, and as needing nothing itself.
+    """
     pins, found = checkout.pins(), dict[str, str]()
     waiting, seen = list(checkout.requirements()), set[tuple[str, frozenset[str]]]()
     while waiting:
@@ -129,12 +132,7 @@ def needed(checkout: Checkout, markers: Mapping[str, str]) -> dict[str, str]:
         seen.add((name, frozenset(requirement.extras)))
         installed = _distribution(name)
         version = pins.get(name) or (installed.version if installed else None)
-        if version is None:
-            raise WheelhouseFailed(
-                f"{name} is in neither constraints.txt nor this host's Python",
-                next_step="Add it to constraints.txt, or give wheelhouse: a folder with all wheels.",
-            )
-        found[name] = version
+        found[name] = f"=={version}" if version else str(requirement.specifier)
         waiting += _wanted(installed, requirement.extras, markers)
     return found
 
@@ -160,8 +158,8 @@ def _wanted(
 def make(home: Path, host: Platform) -> Path:
     """A folder with all wheels for such a host and constraints.txt; made when it is not kept yet."""
     checkout = find_checkout()
-    packages = {**needed(checkout, host.markers()), "pip": metadata.version("pip")}
-    pins = "".join(f"{name}=={version}\n" for name, version in sorted(packages.items()))
+    packages = {**needed(checkout, host.markers()), "pip": f"=={metadata.version('pip')}"}
+    pins = "".join(f"{name}{version}\n" for name, version in sorted(packages.items()))
     shared = home / "wheelhouse" / f"packages-{_key(pins, str(asdict(host)))}"
     _fill(shared, lambda folder: _download(folder, pins, host))
     whole = home / "wheelhouse" / f"gantry-{_key(shared.name, checkout.digest())}"
