@@ -238,6 +238,7 @@ def status(site: Site) -> dict[str, Any]:
 def start(site: Site) -> None:
     """Start the supervisor unless it runs; returns when every service has been started."""
     if supervisor_pid(site) is None:
+        site.state.unlink(missing_ok=True)  # of one that was killed
         for folder in (site.lock.parent, site.log("any").parent):
             folder.mkdir(exist_ok=True)
         with site.log("supervisor").open("ab") as output:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from deployments.lab import Lab
+from deployments.supervisor import read_environment
 from tests.e2e.deploying import Service, wait_for
 from tests.e2e.ssh_host import SSHD, SshHost, ssh_host
 from tests.services import require_service
@@ -60,6 +61,21 @@ def test_provisioning_again_changes_nothing(second_host: SshHost) -> None:
     assert again.state == "COMPLETED", again.message
     assert second_host.pids() == pids
     assert (second_host.prefix / "gantry.env").read_text() == settings
+
+
+def test_a_changed_setting_starts_the_services_again_with_the_same_key(second_host: SshHost) -> None:
+    """Both, since both read it; packages are not touched."""
+    settings, pids = second_host.prefix / "gantry.env", second_host.pids()
+    key = read_environment(settings.read_text())["HMAC_SECRET_KEY"]
+    environment = (second_host.prefix / "current").resolve()
+
+    changed = second_host.provision(allow=["10.99.0.9/32"])
+
+    assert changed.state == "COMPLETED", changed.message
+    assert read_environment(settings.read_text())["HMAC_SECRET_KEY"] == key
+    assert ",10.99.0.9/32," in settings.read_text()
+    assert not set(second_host.pids().values()) & set(pids.values())
+    assert (second_host.prefix / "current").resolve() == environment
 
 
 def test_a_service_that_dies_is_started_again(second_host: SshHost) -> None:

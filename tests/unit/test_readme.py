@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from flows.provision import provision_host
 from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
 from tasks.parameters import BuildOptions, DeploymentParameters
+from tasks.provisioning import ProvisionParameters
 from tasks.states import TRIGGERS, WorkflowState
 from tests.faults import __main__ as faults
 
@@ -56,6 +58,13 @@ def test_the_parameters_are_the_documented_ones() -> None:
     assert [row[0].strip("`") for row in rows] == list(DeploymentParameters.model_fields)
     options = next(row[2] for row in rows if row[0] == "`build_options`")
     assert re.findall(r"`(\w+)`", options) == list(BuildOptions.model_fields)
+
+
+def test_the_parameters_of_a_new_host_are_the_documented_ones() -> None:
+    """Every parameter of `provision-host`."""
+    rows = table_after("## A second host")
+    assert [row[0].strip("`") for row in rows] == list(ProvisionParameters.model_fields)
+    assert list(provision_host.parameters.properties) == list(ProvisionParameters.model_fields)
 
 
 def test_the_error_codes_are_the_documented_ones() -> None:
