@@ -60,6 +60,7 @@ def register_all(stage: Stage) -> None:
     # With --control the pool is there before `prefect deploy`, however long its worker takes to start.
     register = [sys.executable, "-m", "deployments.register", "--control", "--host", HOST]
     register += ["--address", stage.host_address, "--port", str(stage.receiver_port)]
+    register += ["--python", sys.executable]
     if broker := os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
         register += ["--broker", broker]
     subprocess.run(register, env=stage.full_environment(PROJECT), cwd=PROJECT, check=True)

@@ -25,6 +25,7 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.processutils import command_to_string
 from pydantic import ValidationError
 
 from blocks.event_broker import EventBroker
@@ -68,15 +69,34 @@ async def ensure_work_pool(name: str) -> WorkPool:
             return await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
+def this_python() -> dict[str, str]:
+    """A build step of `prefect.yaml`: the command that starts a run with the interpreter that deploys."""
+    return {"command": run_command(sys.executable)}
+
+
+def run_command(python: str) -> str:
+    """What a worker starts a flow run with; a worker that is not told starts another process first."""
+    return command_to_string([python, "-m", "prefect.engine"])
+
+
 async def register_flow(
-    flow: Flow[Any, Any], name: str, pool: str, working_dir: Path | None, **when: Any
+    flow: Flow[Any, Any],
+    name: str,
+    pool: str,
+    *,
+    working_dir: Path | None = None,
+    python: str | None = None,
+    **when: Any,
 ) -> None:
-    """Make or update the Prefect deployment `<flow>/<name>`, by module path; `when` says what starts it."""
+    """Make or update the Prefect deployment `<flow>/<name>`, by module path; `when` says what starts it.
+
+    `python` is the interpreter of the worker's environment on the worker's machine, where it is known.
+    """
+    variables = {"working_dir": str(working_dir)} if working_dir else {}
+    if python:
+        variables["command"] = run_command(python)
     deployment = await flow.ato_deployment(
-        name=name,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-        job_variables={"working_dir": str(working_dir)} if working_dir else {},
-        **when,
+        name=name, entrypoint_type=EntrypointType.MODULE_PATH, job_variables=variables, **when
     )
     await deployment.aapply(work_pool_name=pool)
     print(f"deployment {flow.name}/{name} in pool {pool}")
@@ -91,10 +111,10 @@ async def register_control(working_dir: Path | None = None) -> None:
 
     await ensure_work_pool(CONTROL_POOL)
     await limit_deployments(max_concurrent_deployments())
-    await register_flow(reconcile, "default", CONTROL_POOL, working_dir, **_RECONCILE_WHEN)
-    await register_flow(deploy_container, "default", CONTROL_POOL, working_dir)
-    await register_flow(rollback_container, "default", CONTROL_POOL, working_dir)
-    await register_flow(list_versions, "default", CONTROL_POOL, working_dir)
+    where: dict[str, Any] = {"working_dir": working_dir, "python": sys.executable}
+    await register_flow(reconcile, "default", CONTROL_POOL, **where, **_RECONCILE_WHEN)
+    for flow in (deploy_container, rollback_container, list_versions):
+        await register_flow(flow, "default", CONTROL_POOL, **where)
 
 
 def max_concurrent_deployments(environ: Mapping[str, str] = os.environ) -> int:
@@ -118,7 +138,7 @@ async def register_broker(servers: str) -> None:
     print(f"block event-broker/default: {servers}")
 
 
-async def register_host(name: str, address: str, port: int, *, tls: bool) -> None:
+async def register_host(name: str, address: str, port: int, *, tls: bool, python: str | None = None) -> None:
     """Block `remote-host/<name>`, the host's work pool, and its two Prefect deployments."""
     from flows.receive import receive_container
     from flows.restore import restore_container
@@ -131,7 +151,7 @@ async def register_host(name: str, address: str, port: int, *, tls: bool) -> Non
     print(f"block remote-host/{name}: {host.base_url}")
     await ensure_work_pool(host.work_pool_name)
     for flow in (receive_container, restore_container):
-        await register_flow(flow, host.deployment_name, host.work_pool_name, None)
+        await register_flow(flow, host.deployment_name, host.work_pool_name, python=python)
 
 
 def host_name(text: str) -> str:
@@ -160,6 +180,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--broker", metavar="SERVERS", help="save the block event-broker/default")
     parser.add_argument("--tls", action="store_true", help="the receiver speaks HTTPS")
     parser.add_argument(
+        "--python", metavar="PATH", help="the host's worker runs with it: its runs start a second earlier"
+    )
+    parser.add_argument(
         "--working-dir", type=Path, default=Path.cwd(), help="folder that relative build contexts start from"
     )
     return parser
@@ -178,7 +201,9 @@ async def main(arguments: Sequence[str]) -> int:
         if options.broker:
             await register_broker(options.broker)
         if options.host:
-            await register_host(options.host, options.address, options.port, tls=options.tls)
+            await register_host(
+                options.host, options.address, options.port, tls=options.tls, python=options.python
+            )
     except (HmacKeyMissing, SettingRefused) as exc:
         parser().error(str(exc))
     except ValidationError as exc:

@@ -178,7 +178,9 @@ def furnish(lab: Lab) -> None:
     place_sample(lab)
     register, what = ("-m", "deployments.register"), ["--control"]
     for host in lab.hosts.values():
-        in_control(lab, *register, *what, "--host", host.name, "--address", host.address)
+        in_control(
+            lab, *register, *what, "--host", host.name, "--address", host.address, "--python", lab.python
+        )
         what = []
     in_control(lab, "-m", "prefect", "--no-prompt", "deploy", "--all")
 

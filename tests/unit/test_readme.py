@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
 from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.states import TRIGGERS, WorkflowState
+from tests import readme
 from tests.faults import __main__ as faults
 
-PROJECT = Path(__file__).resolve().parents[2]
-README = (PROJECT / "README.md").read_text()
+PROJECT = readme.PROJECT
+README = readme.README.read_text()
 
 
 def table_after(heading: str) -> list[list[str]]:
@@ -74,4 +74,4 @@ def test_every_link_into_the_repository_leads_somewhere() -> None:
 
 def test_the_summary_of_the_faults_is_that_of_their_results() -> None:
     """As `python -m tests.faults readme` writes it."""
-    assert faults.BEGIN + faults.summary(faults.RESULTS) + faults.END in README
+    assert readme.marked(faults.README_PART, faults.summary(faults.RESULTS)) in README
