@@ -1,6 +1,6 @@
 # Everything a developer or a newcomer types. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-broken demo-stop test faults test-unit lint format services clean
+.PHONY: help demo demo-broken demo-stop test faults bench test-unit lint format services clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,9 @@ test: services-for-test $(VENV)/.dev ## Lint, type-check and run all tests on re
 
 faults: services-for-test $(VENV)/.dev ## Strike running deployments with faults and check what serves; hours, resumable
 	$(BIN)/python -m tests.faults run $(ARGS)
+
+bench: services-for-test $(VENV)/.dev ## Measure on hosts of its own and print the tables; half an hour
+	$(BIN)/python -m tests.bench run $(ARGS)
 
 test-unit: $(VENV)/.dev ## Run the tests that need no service
 	$(BIN)/python -m pytest tests/unit tests/contract tests/test_architecture.py

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -16,9 +17,11 @@ from typing import Any
 
 from deployments.lab import Lab
 from tests.e2e.deploying import Service, furnish, prefect_api, query
+from tests.postgresql import Cluster
 from tests.readme import PROJECT
 
 HOSTS = ("host-a", "host-b")
+POSTGRESQL_PORT = 5433
 PHASES = (
     "the command, until its run is there",
     "worker of `control` and start of the flow",
@@ -41,14 +44,39 @@ class Trial:
         return sum(self.seconds)
 
 
-def measure(runs: int) -> list[Trial]:
-    """Deploy `runs` times in a lab of its own; each version goes to the other host first, which builds it."""
+def measure(runs: int) -> dict[str, list[Trial]]:
+    """Deploy `runs` times in labs of their own, the Prefect server on SQLite and on PostgreSQL."""
     with Lab(HOSTS) as lab:
-        furnish(lab)
-        builder, measured = (Service(lab, lab.hosts[name], "bench") for name in HOSTS)
-        builder.deploy("v0")
-        measured.deploy("v0")
-        return [_trial(builder, measured, f"v{number}") for number in range(1, runs + 1)]
+        on_sqlite = _trials(lab, runs)
+    with _lab_on_postgresql() as lab:
+        return {"SQLite": on_sqlite, "PostgreSQL": _trials(lab, runs)}
+
+
+@contextmanager
+def _lab_on_postgresql() -> Iterator[Lab]:
+    cluster = Cluster.make(POSTGRESQL_PORT, durable=True)
+    url = f"{cluster.url.replace('postgresql', 'postgresql+asyncpg', 1)}/postgres"
+    try:
+        with Lab(HOSTS, prefect=False, environment={"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}) as lab:
+            database = lab.control.spawn("postgresql", *cluster.command, cwd=cluster.folder)
+            cluster.wait(lambda: database.alive, database.log)
+            lab.start_server()
+            lab.start_control_worker()
+            for host in lab.hosts.values():
+                host.start_worker()
+            yield lab
+            database.stop()
+    finally:
+        cluster.remove()
+
+
+def _trials(lab: Lab, runs: int) -> list[Trial]:
+    """Each version goes to the first host before, which builds it."""
+    furnish(lab)
+    builder, measured = (Service(lab, lab.hosts[name], "bench") for name in HOSTS)
+    builder.deploy("v0")
+    measured.deploy("v0")
+    return [_trial(builder, measured, f"v{number}") for number in range(1, runs + 1)]
 
 
 def _trial(builder: Service, measured: Service, tag: str) -> Trial:
@@ -105,15 +133,21 @@ def _moment(text: str) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def table(trials: Sequence[Trial]) -> str:
-    """Markdown: median and range of each phase."""
-    columns = [*zip(*(trial.seconds for trial in trials), strict=True), [trial.total for trial in trials]]
+def table(trials: Mapping[str, Sequence[Trial]]) -> str:
+    """Markdown: median and range of each phase, a column for each database of the Prefect server."""
+    runs = len(next(iter(trials.values())))
     lines = [
-        f"A small image, built already, to a host that lacks it; workers up; medians of {len(trials)}.",
+        f"A small image, built already, to a host that lacks it. Seconds: median of {runs} (range).",
         "",
-        "| from `prefect deployment run` to COMPLETED | seconds, median | least | most |",
-        "|---|---:|---:|---:|",
+        f"| from `prefect deployment run` to COMPLETED; server on | {' | '.join(trials)} |",
+        f"|---|{'---:|' * len(trials)}",
     ]
-    for name, values in zip((*PHASES, "**all of it**"), columns, strict=True):
-        lines.append(f"| {name} | {statistics.median(values):.1f} | {min(values):.1f} | {max(values):.1f} |")
+    for at, phase in enumerate(PHASES):
+        lines.append(_row(phase, [[trial.seconds[at] for trial in found] for found in trials.values()]))
+    lines.append(_row("**all of it**", [[trial.total for trial in found] for found in trials.values()]))
     return "\n".join(lines) + "\n"
+
+
+def _row(name: str, columns: Sequence[Sequence[float]]) -> str:
+    cells = [f"{statistics.median(each):.1f} ({min(each):.1f}-{max(each):.1f})" for each in columns]
+    return f"| {name} | {' | '.join(cells)} |"
