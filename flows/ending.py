@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import State
+from prefect import State, tags
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
 from flows.rollback import rollback_container
 from receiver.contract import DeploymentStatus, HostState
-from tasks import outcome, recovery, reporting
+from tasks import dispatch, outcome, recovery, reporting
 from tasks.errors import DeploymentFailed, DeploymentLost, GantryError
 from tasks.records import RecordsUnreachable
 from tasks.results import DeploymentResult, DeploymentUnsuccessful
@@ -117,14 +117,15 @@ async def _last_word(workflow: Workflow) -> DeploymentStatus | None:
 
 async def _roll_back(workflow: Workflow) -> dict[str, Any]:
     """Run the rollback subflow; returns its result, also when it broke off."""
-    state = await rollback_container(
-        remote_host=workflow.parameters.remote_host,
-        deployment_id=workflow.require_deployment(),
-        remote_port=workflow.parameters.remote_port,
-        workflow_id=workflow.workflow_id,
-        flow_run_id=str(workflow.host_run) if workflow.host_run else None,
-        return_state=True,
-    )
+    with tags(dispatch.workflow_tag(workflow.workflow_id)):
+        state = await rollback_container(
+            remote_host=workflow.parameters.remote_host,
+            deployment_id=workflow.require_deployment(),
+            remote_port=workflow.parameters.remote_port,
+            workflow_id=workflow.workflow_id,
+            flow_run_id=str(workflow.host_run) if workflow.host_run else None,
+            return_state=True,
+        )
     undone = await state.aresult(raise_on_failure=False)
     return undone if isinstance(undone, dict) else outcome.broke_off(undone)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -22,6 +23,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.context import TagsContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
@@ -47,6 +49,13 @@ Heard = Callable[[DeploymentStatus], Awaitable[None]]
 def workflow_tag(workflow_id: str) -> str:
     """The tag that all flow runs of a workflow carry."""
     return f"workflow:{workflow_id}"
+
+
+@contextmanager
+def untagged() -> Iterator[None]:
+    """Tasks within get no tags: Prefect asks its server for a slot for each, and fails without an answer."""
+    with TagsContext(current_tags=set()):
+        yield
 
 
 @operation("start_run_on_host", policy=_DISPATCH)

@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from prefect import tags
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from sqlalchemy.exc import DBAPIError
@@ -360,7 +359,7 @@ async def _built_image(records: Records, workflow_id: str) -> str | None:
 @asynccontextmanager
 async def _under_way(workflow: Workflow) -> AsyncIterator[Workflow]:
     workflow_id = workflow.workflow_id
-    with correlated(workflow_id), tags(dispatch.workflow_tag(workflow_id)), count_retries():
+    with correlated(workflow_id), count_retries():
         async with _relaying(workflow.records) as workflow.relay:
             yield workflow
 

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from deployments.lab import Lab
-from tests.e2e.deploying import Service, events_of, in_control, query, start_run, states_of, wait_for
+from tests.e2e.deploying import (
+    Service,
+    events_of,
+    in_control,
+    prefect_api,
+    query,
+    start_run,
+    states_of,
+    wait_for,
+)
 from tests.e2e.deploying import outcome as outcome_of
 
 SUCCESS = ["PENDING", "PACKAGING", "TRANSFERRING", "DEPLOYING", "VALIDATING", "COMPLETED"]
@@ -84,6 +93,18 @@ def test_a_failed_health_check_leaves_the_old_version_serving(service: Service) 
         *("DEPLOYMENT_ROLLBACK_INITIATED", "DEPLOYMENT_ROLLBACK_COMPLETED"),
         *("DEPLOYMENT_FAILED", "DEPLOYMENT_DLQ"),
     ]
+
+
+def test_flow_runs_carry_the_workflow_s_id_and_task_runs_no_tag(service: Service) -> None:
+    """For each tag of a task run Prefect asks its server for a slot: a busy server would fail deployments."""
+    broken = service.deploy("v1", HEALTH="broken")
+    tagged = {"flow_runs": {"tags": {"all_": [f"workflow:{broken.run_id}"]}}}
+    runs = prefect_api(service.lab, "POST", "/flow_runs/filter", tagged)
+    assert len(runs) == 2  # on the host, and the rollback
+    ids = [broken.run_id, *(run["id"] for run in runs)]
+    tasks = prefect_api(service.lab, "POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": ids}}})
+    assert tasks
+    assert [task["name"] for task in tasks if task["tags"]] == []
 
 
 def test_a_failed_first_deployment_leaves_nothing(service: Service) -> None:
