@@ -29,9 +29,10 @@ from prefect.states import Cancelling
 
 from blocks.receiver_client import ReceiverClient, ReceiverError, ReceiverRefused
 from blocks.remote_host import RemoteHost
-from receiver.contract import DeploymentStatus, HostState
+from receiver.contract import DeploymentStatus, HostState, Stage
 from tasks.errors import DeploymentFailed, DeploymentLost, RetryPolicy, StageTimeout
 from tasks.policies import operation
+from tasks.wording import on_host
 
 POLL_SECONDS = 0.3
 RUN_POLL_SECONDS = 2.0
@@ -40,6 +41,7 @@ DEAD_AFTER_SECONDS = 10.0
 NOT_FOUND = 404
 _UNENDED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
 _DISPATCH = RetryPolicy(max_attempts=3, timeout_ms=30_000)
+_VERBS = {"receive-container": "receive", "restore-container": "undo"}
 Reached = Callable[[DeploymentStatus], bool]
 Heard = Callable[[DeploymentStatus], Awaitable[None]]
 
@@ -49,14 +51,20 @@ def workflow_tag(workflow_id: str) -> str:
     return f"workflow:{workflow_id}"
 
 
-@operation("start_run_on_host", policy=_DISPATCH)
-async def start_run_on_host(flow_name: str, host: RemoteHost, deployment_id: str, workflow_id: str) -> UUID:
-    """Start `<flow_name>/<host>`; returns the flow run's id. The same call again gives the same run."""
+@operation("start_run_on_host", Stage.DEPLOY, policy=_DISPATCH)
+async def start_run_on_host(
+    flow_name: str, host: RemoteHost, deployment_id: str, workflow_id: str, image: str | None = None
+) -> UUID:
+    """Start `<flow_name>/<host>`; returns the flow run's id. The same call again gives the same run.
+
+    The run is named by `image`, or by the deployment where that is not known.
+    """
     name = f"{flow_name}/{host.deployment_name}"
     try:
         run = await run_deployment(  # type: ignore[misc]  # async within a task, by prefect's dispatch
             name,
             parameters={"deployment_id": deployment_id},
+            flow_run_name=f"{_VERBS[flow_name]} {on_host(image or deployment_id[:8], host.name)}",
             timeout=0,
             tags=[workflow_tag(workflow_id)],
             idempotency_key=f"{flow_name}-{deployment_id}",
