@@ -1,4 +1,4 @@
-"""The README's screenshots, of the running demo: `make demo demo-broken`, then `python -m deployments.screenshots`."""
+"""The README's screenshots: `make demo demo-broken`, then `python -m deployments.screenshots`."""
 
 from __future__ import annotations
 

@@ -56,12 +56,15 @@ async def test_work_is_shown_as_it_goes_on_and_ends_at_a_hundred() -> None:
 async def test_work_that_fails_is_left_where_it_broke_off() -> None:
     """And its own error rises."""
 
+    async def break_off() -> None:
+        async with progress.shown("build-bad", "Building bad:v1") as tell:
+            tell(25.0, "RUN false")
+            raise ZeroDivisionError
+
     @flow
     async def work() -> None:
         with pytest.raises(ZeroDivisionError):
-            async with progress.shown("build-bad", "Building bad:v1") as tell:
-                tell(25.0, "RUN false")
-                raise ZeroDivisionError
+            await break_off()
         assert (await wait_for("build-bad", 25)).description == "Building bad:v1: broke off"
 
     await work()
