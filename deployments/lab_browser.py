@@ -26,6 +26,17 @@ _READ = """
 const drawn = [...document.querySelectorAll("svg text")].map(found => found.textContent)
 return [document.body.innerText, ...drawn].join("\\n")
 """
+# What WebGL has drawn can be read only before the frame in which it was drawn ends.
+_COUNT_COLOURS = """
+const [selector, done] = arguments
+const canvas = document.querySelector(selector)
+if (!canvas) { done(0) } else requestAnimationFrame(() => {
+    const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d")
+    copy.drawImage(canvas, 0, 0)
+    const pixels = new Uint32Array(copy.getImageData(0, 0, canvas.width, canvas.height).data.buffer)
+    done(new Set(pixels).size)
+})
+"""
 _POLL_SECONDS = 0.2
 
 
@@ -97,6 +108,10 @@ class Browser:
                 raise NotShown(missing, shown)
             time.sleep(_POLL_SECONDS)
         return self.text()
+
+    def colours(self, selector: str) -> int:
+        """How many colours a drawing (a canvas) has in its next frame: 1 while nothing is drawn, 0 without one."""
+        return int(self._here("POST", "/execute/async", {"script": _COUNT_COLOURS, "args": [selector]}))
 
     def screenshot(self) -> bytes:
         """What the window shows, as PNG."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from prefect.runtime import flow_run
 
-from tasks.wording import ARROW
-
 
 def name_as_started(verb: str) -> str:
     """The name that the control side gave this run; started by hand, it is named by its deployment."""
     given = str(flow_run.name)
-    return given if ARROW in given else f"{verb} {flow_run.parameters['deployment_id'][:8]}"
+    return given if given.startswith(f"{verb} ") else f"{verb} {flow_run.parameters['deployment_id'][:8]}"

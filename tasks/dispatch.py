@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -22,6 +23,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.context import TaskRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
@@ -32,7 +34,6 @@ from blocks.remote_host import RemoteHost
 from receiver.contract import DeploymentStatus, HostState, Stage
 from tasks.errors import DeploymentFailed, DeploymentLost, RetryPolicy, StageTimeout
 from tasks.policies import operation
-from tasks.wording import on_host
 
 POLL_SECONDS = 0.3
 RUN_POLL_SECONDS = 2.0
@@ -61,14 +62,15 @@ async def start_run_on_host(
     """
     name = f"{flow_name}/{host.deployment_name}"
     try:
-        run = await run_deployment(  # type: ignore[misc]  # async within a task, by prefect's dispatch
-            name,
-            parameters={"deployment_id": deployment_id},
-            flow_run_name=f"{_VERBS[flow_name]} {on_host(image or deployment_id[:8], host.name)}",
-            timeout=0,
-            tags=[workflow_tag(workflow_id)],
-            idempotency_key=f"{flow_name}-{deployment_id}",
-        )
+        with _as_the_flow():
+            run = await run_deployment(  # type: ignore[misc]  # async within a task, by prefect's dispatch
+                name,
+                parameters={"deployment_id": deployment_id},
+                flow_run_name=f"{_VERBS[flow_name]} {image or deployment_id[:8]} on {host.name}",
+                timeout=0,
+                tags=[workflow_tag(workflow_id)],
+                idempotency_key=f"{flow_name}-{deployment_id}",
+            )
     except ObjectNotFound as exc:
         raise DeploymentFailed(
             f"Prefect knows no deployment {name!r}",
@@ -77,6 +79,16 @@ async def start_run_on_host(
         ) from exc
     flow_run_id: UUID = run.id
     return flow_run_id
+
+
+@contextmanager
+def _as_the_flow() -> Iterator[None]:
+    """What starts here is a part of the flow: Prefect's graph hides what belongs to a task inside of it."""
+    token = TaskRunContext.__var__.set(None)  # type: ignore[arg-type]  # as outside of any task
+    try:
+        yield
+    finally:
+        TaskRunContext.__var__.reset(token)
 
 
 async def follow(

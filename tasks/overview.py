@@ -23,6 +23,7 @@ from tasks.states import WorkflowRecord
 from tasks.wording import moment
 
 _PATIENCE_SECONDS = 5.0
+_COLUMNS = ("version", "state", "url", "since", "health")
 NOTHING = "nothing runs"
 
 
@@ -62,24 +63,27 @@ def rows_of(found: Sequence[ContainerVersions], known: Mapping[str, WorkflowReco
 def _row(container: ContainerVersions, known: Mapping[str, WorkflowRecord]) -> dict[str, str]:
     serving = next((version for version in container.versions if version.role == "running"), None)
     kept = [version.image_tag for version in container.versions if version.role == "kept"]
-    return {"container": container.container_name, **_serving(serving, known), "kept": ", ".join(kept)}
-
-
-def _serving(version: ContainerVersion | None, known: Mapping[str, WorkflowRecord]) -> dict[str, str]:
-    if version is None:
-        return {"version": NOTHING, "state": "", "since": "", "health": "", "url": ""}
-    workflow = known.get(version.deployment_id)
     return {
-        "version": version.image_tag,
-        "state": "running" if version.running else "stopped",
-        "since": moment(version.created_at),
-        "health": _health(workflow),
-        "url": (workflow.deployed_url or "no port") if workflow else "unknown",
+        "container": container.container_name,
+        **(_serving(serving, known) if serving else dict.fromkeys(_COLUMNS, "") | {"version": NOTHING}),
+        "kept": ", ".join(kept),
     }
+
+
+def _serving(version: ContainerVersion, known: Mapping[str, WorkflowRecord]) -> dict[str, str]:
+    workflow = known.get(version.deployment_id)
+    values = (
+        version.image_tag,
+        "running" if version.running else "stopped",
+        (workflow.deployed_url or "no port") if workflow else "unknown",
+        moment(version.created_at),
+        _health(workflow),
+    )
+    return dict(zip(_COLUMNS, values, strict=True))
 
 
 def _health(workflow: WorkflowRecord | None) -> str:
     """When the version was proven last: by its deployment."""
     if workflow is None or not workflow.success or workflow.completed_at is None:
         return "unknown"
-    return f"passed at {moment(workflow.completed_at)}"
+    return f"passed {moment(workflow.completed_at)}"

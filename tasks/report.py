@@ -15,7 +15,8 @@ from tasks.states import StageResult
 from tasks.wording import duration, moment, size, stage_title
 
 _CELL_CHARACTERS = 300
-_PASSED, _FAILED = "✅", "❌"
+_PASSED, _FAILED = "✓", "✗"  # in any font, unlike emoji
+_NO_BREAK = "\u00a0"
 
 
 def render_report(
@@ -81,7 +82,8 @@ def _transferred(sent_bytes: int, status: DeploymentStatus | None) -> str:
 def _operation_rows(stages: Sequence[StageResult]) -> Iterator[str]:
     for stage in stages:
         verdict = _verdict(passed=stage.success)
-        yield f"| **{stage_title(stage.stage)}** | | **{duration(stage.duration_ms)}** | {verdict} |"
+        title = stage_title(stage.stage).replace(" ", _NO_BREAK)
+        yield f"| **{title}** | | **{duration(stage.duration_ms)}** | {verdict} |"
         for done in stage.operations:
             told = f"{_verdict(passed=done.success)} {cell(done.message)}".rstrip()
             yield f"| | {done.name} | {duration(done.duration_ms)} | {told} |"

@@ -83,7 +83,8 @@ async def write_host_artifacts(workflow_id: str, status: DeploymentStatus | None
     """Stages 3 and 4: `deployment_logs.txt` and `health_check_results.json`; none without a host's word."""
     if status is None or not status.facts.container_id:
         return
-    await write_artifact(workflow_id, "deployment_logs.txt", status.facts.log_tail)
+    log_tail = status.facts.log_tail or "(the container wrote nothing)"
+    await write_artifact(workflow_id, "deployment_logs.txt", log_tail)
     results = {
         "health_status": outcome_of(status),
         "attempts": [attempt.model_dump(mode="json") for attempt in status.health_attempts],

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from receiver.contract import Stage
 
 UNDO = "undo"
-ARROW = " → "
 
 
 def stage_title(stage: Stage) -> str:
@@ -16,14 +15,17 @@ def stage_title(stage: Stage) -> str:
 
 
 def run_name_of(operation: str, part: Stage | str | None) -> str:
-    """`1 package · build_docker_image`: the operation under its stage, or another part of the work."""
+    """`1 package: build_docker_image`: the operation under its stage, or another part of the work.
+
+    Plain letters alone: the font of Prefect's flow graph has no others.
+    """
     title = stage_title(part) if isinstance(part, Stage) else part
-    return f"{title} · {operation}" if title else operation
+    return f"{title}: {operation}" if title else operation
 
 
 def on_host(image: str, host: str) -> str:
     """`hello:v2 → host-b`: what goes where."""
-    return f"{image}{ARROW}{host}"
+    return f"{image} → {host}"
 
 
 def size(size_bytes: int) -> str:
@@ -45,5 +47,5 @@ def duration(duration_ms: float) -> str:
 
 
 def moment(at: datetime) -> str:
-    """`2026-11-23 12:00:00 UTC`."""
-    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    """`2026-11-23 12:00 UTC`."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"

@@ -62,8 +62,8 @@ def test_a_row_tells_what_serves_since_when_and_where_and_what_is_kept() -> None
         "container": "web",
         "version": "v2",
         "state": "running",
-        "since": "2026-11-23 12:00:00 UTC",
-        "health": "passed at 2026-11-23 12:00:00 UTC",
+        "since": "2026-11-23 12:00 UTC",
+        "health": "passed 2026-11-23 12:00 UTC",
         "url": "http://10.0.0.7:8060",
         "kept": "v1, v0",
     }

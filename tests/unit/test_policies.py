@@ -48,7 +48,7 @@ CHANGES_A_CONTAINER = (
 def test_every_operation_of_the_specification_is_a_task_of_its_name(name: str) -> None:
     """Its runs carry the name too, under their stage, so that the UI shows the specification's words."""
     assert OPERATIONS[name].name == name
-    assert str(OPERATIONS[name].task_run_name).endswith(f" · {name}")
+    assert str(OPERATIONS[name].task_run_name).endswith(f": {name}")
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATION_POLICIES if name not in LIMITED_BY_THE_REQUEST])

@@ -101,7 +101,7 @@ def rows(report: str) -> list[str]:
 def test_the_outcome_comes_first() -> None:
     """What, where, how it ended, and what serves now, before any table."""
     lines = render_report(result(), [stage()]).splitlines()
-    assert lines[0] == "# ❌ web:v2 on host-a: ROLLBACK_COMPLETED"
+    assert lines[0] == "# ✗ web:v2 on host-a: ROLLBACK_COMPLETED"
     assert lines[2] == "**rolled back: the previous container serves** after 12.3 s"
     assert lines[4] == "**Cause**: `HEALTH_CHECK_FAILED`: answered 500"
 
@@ -117,7 +117,7 @@ def test_a_success_says_where_the_service_answers() -> None:
         error_message=None,
     )
     report = render_report(done, [stage(success=True)], status("listening"))
-    assert report.startswith("# ✅ web:v2 on host-a: COMPLETED\n")
+    assert report.startswith("# ✓ web:v2 on host-a: COMPLETED\n")
     link = "[http://10.0.0.7:8060](http://10.0.0.7:8060)"
     assert f"**web:v2 serves** after 12.3 s, at {link}" in report
     assert "listening" not in report
@@ -129,14 +129,14 @@ def test_the_operation_that_failed_stands_out_with_its_message() -> None:
     assert rows(render_report(result(), [stage("answered 500")])) == [
         "| Summary | |",
         "|---|---|",
-        "| Rollback | ✅ in 0 ms |",
+        "| Rollback | ✓ in 0 ms |",
         "| Stage | Operation | Took | |",
         "|---|---|---:|---|",
-        "| **4 validate** | | **700 ms** | ❌ **failed** |",
-        "| | validate_health_endpoint | 650 ms | ❌ **failed** answered 500 |",
+        "| **4\u00a0validate** | | **700 ms** | ✗ **failed** |",
+        "| | validate_health_endpoint | 650 ms | ✗ **failed** answered 500 |",
         "| Quality gate | | |",
         "|---|---|---|",
-        "| health_endpoint_responding | ❌ **failed** | answered 500 |",
+        "| health_endpoint_responding | ✗ **failed** | answered 500 |",
     ]
 
 
@@ -184,8 +184,8 @@ def test_each_health_attempt_is_a_row() -> None:
     ]
     report = render_report(result(), [], status(health_attempts=attempts))
     assert rows(report)[-2:] == [
-        "| 1 | ❌ **failed** | no answer | 5.0 s | 2026-11-23 12:00:00 UTC |",
-        "| 2 | ✅ | HTTP 200 | 12 ms | 2026-11-23 12:00:00 UTC |",
+        "| 1 | ✗ **failed** | no answer | 5.0 s | 2026-11-23 12:00 UTC |",
+        "| 2 | ✓ | HTTP 200 | 12 ms | 2026-11-23 12:00 UTC |",
     ]
 
 
@@ -194,7 +194,7 @@ def test_each_health_attempt_is_a_row() -> None:
 )
 def test_no_message_breaks_the_table(text: str) -> None:
     """Every row keeps its cells, whatever a builder or a host said."""
-    told = [line for line in rows(render_report(result(), [stage(text)])) if "❌" in line]
+    told = [line for line in rows(render_report(result(), [stage(text)])) if "✗" in line]
     assert len(told) == 3
     for line in told:
         bare = line.replace("\\\\", "").replace("\\|", "")

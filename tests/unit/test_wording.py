@@ -17,8 +17,8 @@ def test_stages_are_numbered_in_their_order() -> None:
 
 def test_an_operation_is_named_under_its_part_of_the_work() -> None:
     """A stage, the undoing, or nothing."""
-    assert run_name_of("build_docker_image", Stage.PACKAGE) == "1 package · build_docker_image"
-    assert run_name_of("restore_by_receiver", UNDO) == "undo · restore_by_receiver"
+    assert run_name_of("build_docker_image", Stage.PACKAGE) == "1 package: build_docker_image"
+    assert run_name_of("restore_by_receiver", UNDO) == "undo: restore_by_receiver"
     assert run_name_of("read_versions", None) == "read_versions"
 
 
@@ -43,4 +43,4 @@ def test_durations_have_the_unit_that_suits_them(duration_ms: int, told: str) ->
 def test_moments_are_told_in_utc() -> None:
     """Whatever the zone of the host that wrote them."""
     at = datetime(2026, 11, 23, 14, 0, 5, tzinfo=timezone(timedelta(hours=2)))
-    assert moment(at) == moment(at.astimezone(UTC)) == "2026-11-23 12:00:05 UTC"
+    assert moment(at) == moment(at.astimezone(UTC)) == "2026-11-23 12:00 UTC"
