@@ -110,7 +110,7 @@ class Browser:
         return self.text()
 
     def colours(self, selector: str) -> int:
-        """How many colours a drawing (a canvas) has in its next frame: 1 while nothing is drawn, 0 without one."""
+        """How many colours a canvas has in its next frame: 1 while nothing is drawn on it, 0 without one."""
         return int(self._here("POST", "/execute/async", {"script": _COUNT_COLOURS, "args": [selector]}))
 
     def screenshot(self) -> bytes:

@@ -32,7 +32,7 @@ def settings(api_url: str, home: Path) -> dict[str, str]:
 
 
 def server_settings() -> dict[str, str]:
-    """What only the server reads: logs for `--watch`; nothing lives so long as to be vacuumed or to expire."""
+    """What only the server reads: logs for `--watch`; nothing lives long enough to be vacuumed or expire."""
     return {
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",

@@ -44,8 +44,8 @@ def _browser() -> Iterator[Browser]:
 def run_page(browser: Browser, stage: Stage) -> bytes:
     """The run of the good version, with its graph."""
     run = _newest(stage, "flow_runs", {"flow_runs": {"name": {"any_": ["hello:v1 → host-b"]}}})
-    browser.open(f"{stage.ui_url}/runs/flow-run/{run['id']}?tab=Logs")
-    browser.wait_for(run["name"], "4 validate: done")
+    browser.open(f"{stage.ui_url}/v2/runs/flow-run/{run['id']}?tab=Artifacts")
+    browser.wait_for(run["name"], "deployment-report")
     return browser.screenshot()
 
 
@@ -53,7 +53,7 @@ def report_page(browser: Browser, stage: Stage) -> bytes:
     """The report of the broken version."""
     wanted = {"artifacts": {"key": {"any_": ["deployment-report"]}}}
     report = _newest(stage, "artifacts", wanted)
-    browser.open(f"{stage.ui_url}/artifacts/artifact/{report['id']}")
+    browser.open(f"{stage.ui_url}/v2/artifacts/artifact/{report['id']}")
     browser.wait_for("rolled back", "Health attempt")
     return browser.screenshot()
 
