@@ -38,6 +38,7 @@ if (!canvas) { done(0) } else requestAnimationFrame(() => {
 })
 """
 _POLL_SECONDS = 0.2
+_DRAWN_COLOURS = 10
 
 
 class BrowserFailed(Exception):
@@ -112,6 +113,15 @@ class Browser:
     def colours(self, selector: str) -> int:
         """How many colours a canvas has in its next frame: 1 while nothing is drawn on it, 0 without one."""
         return int(self._here("POST", "/execute/async", {"script": _COUNT_COLOURS, "args": [selector]}))
+
+    def wait_for_drawing(self, selector: str, seconds: float = 20) -> None:
+        """Return when a canvas shows more than its background, in two looks the same; raises `NotShown`."""
+        deadline, before = time.monotonic() + seconds, 0
+        while (now := self.colours(selector)) < _DRAWN_COLOURS or now != before:
+            if time.monotonic() > deadline:
+                raise NotShown([f"a drawing on {selector}"], f"{now} colours")
+            before = now
+            time.sleep(_POLL_SECONDS)
 
     def screenshot(self) -> bytes:
         """What the window shows, as PNG."""

@@ -25,17 +25,18 @@ def main() -> int:
     if stage is None or not stage.is_up() or package is not None:
         print(f"Install {package}." if package else "No demo is up: make demo demo-broken", file=sys.stderr)
         return 1
-    with _browser() as browser:
+    with _browser(height=900) as browser:
         save("run", run_page(browser, stage))
+    with _browser(height=1500) as browser:
         save("report", report_page(browser, stage))
     return 0
 
 
 @contextmanager
-def _browser() -> Iterator[Browser]:
+def _browser(height: int) -> Iterator[Browser]:
     with tempfile.TemporaryDirectory() as folder, subprocess.Popen(lab_browser.driver_command()) as driver:
         try:
-            with Browser(None, Path(folder) / "profile") as browser:
+            with Browser(None, Path(folder) / "profile", width=1200, height=height) as browser:
                 yield browser
         finally:
             driver.terminate()
@@ -46,6 +47,7 @@ def run_page(browser: Browser, stage: Stage) -> bytes:
     run = _newest(stage, "flow_runs", {"flow_runs": {"name": {"any_": ["hello:v1 → host-b"]}}})
     browser.open(f"{stage.ui_url}/v2/runs/flow-run/{run['id']}?tab=Artifacts")
     browser.wait_for(run["name"], "deployment-report")
+    browser.wait_for_drawing("canvas")
     return browser.screenshot()
 
 

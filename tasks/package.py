@@ -15,7 +15,6 @@ from blake3 import blake3
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.images import Image
 from prefect.logging import get_run_logger
-from prefect.logging.loggers import LoggingAdapter
 from prefect.utilities.slugify import slugify
 
 from receiver.archive import ArchiveDamaged, archive_contents
@@ -24,6 +23,7 @@ from tasks import builder, progress, store
 from tasks.build_steps import BuildSteps, is_bookkeeping
 from tasks.context import base_images, fingerprint_context
 from tasks.errors import OPERATION_POLICIES, BuildFailed, RetryPolicy
+from tasks.logs import RunLogger
 from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.policies import operation
 from tasks.stage import StageRun
@@ -122,7 +122,7 @@ async def build_docker_image(
         )
 
 
-def _log_and_tell(logger: LoggingAdapter, tell: progress.Tell) -> builder.Say:
+def _log_and_tell(logger: RunLogger, tell: progress.Tell) -> builder.Say:
     """What to do with each line of the builder, in the thread that builds."""
     steps = BuildSteps()
 

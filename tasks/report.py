@@ -82,11 +82,11 @@ def _transferred(sent_bytes: int, status: DeploymentStatus | None) -> str:
 def _operation_rows(stages: Sequence[StageResult]) -> Iterator[str]:
     for stage in stages:
         verdict = _verdict(passed=stage.success)
-        title = stage_title(stage.stage).replace(" ", _NO_BREAK)
-        yield f"| **{title}** | | **{duration(stage.duration_ms)}** | {verdict} |"
+        title = _unbroken(stage_title(stage.stage))
+        yield f"| **{title}** | | **{_unbroken(duration(stage.duration_ms))}** | {verdict} |"
         for done in stage.operations:
             told = f"{_verdict(passed=done.success)} {cell(done.message)}".rstrip()
-            yield f"| | {done.name} | {duration(done.duration_ms)} | {told} |"
+            yield f"| | {done.name} | {_unbroken(duration(done.duration_ms))} | {told} |"
 
 
 def _attempt_rows(attempts: Sequence[HealthAttempt]) -> Iterator[str]:
@@ -94,7 +94,7 @@ def _attempt_rows(attempts: Sequence[HealthAttempt]) -> Iterator[str]:
         answer = f"HTTP {asked.status_code}" if asked.status_code else ""
         told = " ".join(filter(None, (answer, cell(asked.message))))
         verdict = _verdict(passed=asked.status == "passed")
-        took, at = duration(asked.duration_ms), moment(asked.checked_at)
+        took, at = _unbroken(duration(asked.duration_ms)), moment(asked.checked_at)
         yield f"| {asked.attempt} | {verdict} | {told} | {took} | {at} |"
 
 
@@ -108,6 +108,11 @@ def _table(head: str, rule: str, rows: Iterator[str]) -> str:
     """A table, or nothing where it would be empty."""
     body = list(rows)
     return "\n".join([head, rule, *body]) if body else ""
+
+
+def _unbroken(words: str) -> str:
+    """On one line in its cell, however narrow."""
+    return words.replace(" ", _NO_BREAK)
 
 
 def _verdict(*, passed: bool) -> str:

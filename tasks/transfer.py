@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from prefect.logging import get_run_logger
-from prefect.logging.loggers import LoggingAdapter
 from prefect.utilities.slugify import slugify
 
 from blocks.receiver_client import Progress, ReceiverError, ReceiverRefused
@@ -27,6 +26,7 @@ from receiver.contract import (
 )
 from tasks import progress
 from tasks.errors import RetryPolicy, TransferFailed
+from tasks.logs import RunLogger
 from tasks.package import ImagePackage
 from tasks.policies import operation
 from tasks.stage import StageRun
@@ -92,7 +92,7 @@ async def upload_package(
         ) from exc
 
 
-def _log_and_tell(logger: LoggingAdapter, tell: progress.Tell) -> Progress:
+def _log_and_tell(logger: RunLogger, tell: progress.Tell) -> Progress:
     """What to do with each chunk that has arrived."""
     logged = 0
 

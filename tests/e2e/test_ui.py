@@ -70,7 +70,7 @@ def test_a_deployment_can_be_followed_in_the_ui(browser: Browser, service: Servi
     browser.open(f"{ui}/runs/flow-run/{done.run_id}?tab=Artifacts")
     progress = (f"build-{name}", f"Building {name}:v1: done", f"upload-to-{host}", "Uploading 2.1 MB")
     browser.wait_for(f"{name}:v1 → {host}", "deployment-report", f"url-{name}-on-{host}", *progress)
-    wait_for(lambda: browser.colours("canvas") > 5, "the graph is drawn", seconds=20)
+    browser.wait_for_drawing("canvas")
 
     shown = artifacts_of(lab, done.run_id)
     for key, texts in {

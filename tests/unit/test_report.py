@@ -132,8 +132,8 @@ def test_the_operation_that_failed_stands_out_with_its_message() -> None:
         "| Rollback | ✓ in 0 ms |",
         "| Stage | Operation | Took | |",
         "|---|---|---:|---|",
-        "| **4\u00a0validate** | | **700 ms** | ✗ **failed** |",
-        "| | validate_health_endpoint | 650 ms | ✗ **failed** answered 500 |",
+        "| **4\u00a0validate** | | **700\u00a0ms** | ✗ **failed** |",
+        "| | validate_health_endpoint | 650\u00a0ms | ✗ **failed** answered 500 |",
         "| Quality gate | | |",
         "|---|---|---|",
         "| health_endpoint_responding | ✗ **failed** | answered 500 |",
@@ -184,8 +184,8 @@ def test_each_health_attempt_is_a_row() -> None:
     ]
     report = render_report(result(), [], status(health_attempts=attempts))
     assert rows(report)[-2:] == [
-        "| 1 | ✗ **failed** | no answer | 5.0 s | 2026-11-23 12:00 UTC |",
-        "| 2 | ✓ | HTTP 200 | 12 ms | 2026-11-23 12:00 UTC |",
+        "| 1 | ✗ **failed** | no answer | 5.0\u00a0s | 2026-11-23 12:00 UTC |",
+        "| 2 | ✓ | HTTP 200 | 12\u00a0ms | 2026-11-23 12:00 UTC |",
     ]
 
 
