@@ -44,7 +44,7 @@ format: $(VENV)/.dev ## Format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-services: services-for-test ## Install what the tests need: Docker Engine, PostgreSQL, Kafka, Prometheus
+services: services-for-test ## Install what the tests need: Docker Engine, PostgreSQL, Kafka, Prometheus, Chromium
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -40,6 +40,7 @@ from tasks.parameters import (
 )
 from tasks.results import DeploymentResult
 from tasks.states import WorkflowState
+from tasks.wording import on_host
 from tasks.workflow import CONFIG_DIGEST, Workflow, open_workflow
 
 _SLOWEST_UPLOAD_BYTES_PER_SECOND = 1_000_000
@@ -47,7 +48,7 @@ _SLOWEST_UPLOAD_BYTES_PER_SECOND = 1_000_000
 
 def _run_name() -> str:
     asked = flow_run.parameters
-    return f"{asked['container_name']}:{asked.get('image_tag', 'latest')} → {asked['remote_host']}"
+    return on_host(f"{asked['container_name']}:{asked.get('image_tag', 'latest')}", asked["remote_host"])
 
 
 @flow(name="deploy-container", flow_run_name=_run_name, persist_result=True)
@@ -102,7 +103,7 @@ async def _package(
     The package is not dropped for those of other deployments while it is `in_use`.
     """
     asked = workflow.parameters
-    reference = f"{asked.container_name}:{asked.image_tag}"
+    reference = workflow.image
     await workflow.advance(WorkflowState.PACKAGING)
     say = get_run_logger().info
     async with workflow.stage(Stage.PACKAGE, _seconds(workflow)) as stage, store.alone(reference, say):
@@ -165,7 +166,7 @@ async def deploy_and_validate(workflow: Workflow) -> None:
     limit = _seconds(workflow) + workflow.load_seconds
     async with workflow.stage(Stage.DEPLOY, limit):
         workflow.host_run = await dispatch.start_run_on_host(
-            "receive-container", workflow.host, deployment_id, workflow.workflow_id
+            "receive-container", workflow.host, deployment_id, workflow.workflow_id, workflow.image
         )
         status = await _follow(workflow, outcome.started_or_ended, limit)
     if not outcome.has_started(status):

@@ -56,7 +56,7 @@ async def _undo(
     attempt = await recovery.begin(remote_host, remote_port, deployment_id, workflow_id, flow_run_id)
     status = await recovery.wait_for_host(attempt)
     if not recovery.is_settled(status):
-        status = await recovery.restore_by_worker(attempt)
+        status = await recovery.restore_by_worker(attempt, status)
     if recovery.wants_restore(status):
         status = await recovery.restore_by_receiver(attempt)
     if status is None:

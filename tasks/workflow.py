@@ -25,7 +25,7 @@ from blocks.receiver_client import PackageChanged, ReceiverRefused, ReceiverUnre
 from blocks.records_database import find_records_url
 from blocks.remote_host import RemoteHost, find_remote_host
 from receiver.contract import DeploymentStatus, ErrorCode, HealthAttempt, Stage
-from tasks import active, dispatch, outcome
+from tasks import active, dispatch, narration, outcome
 from tasks.errors import (
     ERROR_CLASSES,
     DeploymentFailed,
@@ -83,14 +83,14 @@ class Workflow:
     relay: StepRelay | None = None
 
     async def advance(self, to_state: WorkflowState, **facts: Any) -> None:
-        """Move on, with facts, history and events, in one transaction; one log line.
+        """Move on, with facts, history and events, in one transaction; the log tells it.
 
         A database that is away is waited for; raises `RecordsUnreachable` when it stays away.
         """
-        await self._advance_patiently(to_state, Facts(**facts))
-        get_run_logger().info(
-            "%s -> %s", self.state, to_state, extra={**self.identity, "state": to_state.value}
-        )
+        news = Facts(**facts)
+        await self._advance_patiently(to_state, news)
+        for line in narration.lines_of(self.state, to_state, news):
+            get_run_logger().info("%s", line, extra={**self.identity, "state": to_state.value})
         self.state = to_state
         self._wake_relay()
 
@@ -126,12 +126,19 @@ class Workflow:
         except (DBAPIError, OSError) as exc:
             get_run_logger().warning("health attempts are recorded later: %s", exc, extra=self.identity)
             return
+        for attempt in news:
+            get_run_logger().info("%s", narration.attempt_line(attempt), extra=self.identity)
         self.told_attempts += len(news)
         self._wake_relay()
 
     def new_attempts(self, status: DeploymentStatus) -> tuple[HealthAttempt, ...]:
         """Health attempts of the host that were not recorded yet."""
         return tuple(status.health_attempts[self.told_attempts :])
+
+    @property
+    def image(self) -> str:
+        """`hello:v2`: what is deployed."""
+        return f"{self.parameters.container_name}:{self.parameters.image_tag}"
 
     @property
     def identity(self) -> dict[str, str | None]:
