@@ -23,6 +23,7 @@ from receiver.contract import (
     QualityGate,
     Stage,
 )
+from tasks import rsync
 from tasks.errors import RetryPolicy, TransferFailed
 from tasks.package import ImagePackage
 from tasks.policies import operation
@@ -68,9 +69,16 @@ async def send_deployment_request(
 
 @operation("upload_package", policy=UPLOAD_POLICY, timeout=False)
 async def upload_package(
-    host: RemoteHost, deployment_id: str, package: ImagePackage, correlation_id: str
+    host: RemoteHost,
+    deployment_id: str,
+    package: ImagePackage,
+    correlation_id: str,
+    incoming_path: str | None = None,
 ) -> int:
-    """Send what the host does not hold yet; returns the bytes it took. Tells each tenth of the way."""
+    """Send what the host does not hold yet; returns the bytes it took. Tells each tenth of the way.
+
+    By rsync where the host named a path for that.
+    """
     logger, told = get_run_logger(), 0
 
     def progress(held_bytes: int, package_bytes: int) -> None:
@@ -83,6 +91,9 @@ async def upload_package(
     try:
         with package_in_use(package.path):
             async with host.receiver(correlation_id=correlation_id) as receiver:
+                if incoming_path is not None:
+                    goal = rsync.Goal(host, deployment_id, incoming_path)
+                    return await rsync.upload(receiver, goal, package.path, progress)
                 return await receiver.upload(deployment_id, package.path, progress=progress)
     except FileNotFoundError as exc:
         raise TransferFailed(
