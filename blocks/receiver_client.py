@@ -282,6 +282,10 @@ class ReceiverClient:
         """Give the deployment up before it touched anything, and give the status after it."""
         return await self._operate(deployment_id, "abort")
 
+    async def collect(self, deployment_id: str) -> contract.DeploymentStatus:
+        """Have the host take over and verify what rsync brought; the same call again changes nothing."""
+        return await self._operate(deployment_id, "collect")
+
     async def upload(
         self,
         deployment_id: str,

@@ -66,10 +66,16 @@ class RemoteHost(Block):
     tls_verify: bool = Field(
         default=True, description="Whether the certificate is checked; turn off for a first try only."
     )
-    ssh_user: str | None = Field(default=None, description="User for setting the host up over SSH.")
+    ssh_user: str | None = Field(
+        default=None, description="User for setting the host up, and for rsync, over SSH."
+    )
     ssh_port: PortNumber = Field(default=22, description="Port of the host's SSH server.")
     ssh_key_file: Path | None = Field(
         default=None, description="Private key for SSH; without a file, the agent's keys."
+    )
+    ssh_known_hosts_file: Path | None = Field(
+        default=None,
+        description="Host keys to accept for rsync; without a file, those that ssh knows itself.",
     )
 
     @field_validator("address")

@@ -24,6 +24,7 @@ from receiver.contract import (
     ImageTag,
     Port,
     Stage,
+    Transport,
 )
 from tasks import dispatch, outcome, package, reporting, store, transfer
 from tasks.package import ImageMetadata, ImagePackage
@@ -63,6 +64,7 @@ async def deploy_container(
     rollback_on_failure: bool = True,
     deployment_timeout_ms: StageTimeoutMs | None = None,
     wait_seconds: WaitSeconds = 0,
+    transport: Transport = Transport.HTTP,
 ) -> DeploymentResult | State[Any]:
     """Build an image, carry it to a host, run it there, prove it healthy, or bring the old one back.
 
@@ -81,6 +83,7 @@ async def deploy_container(
         rollback_on_failure=rollback_on_failure,
         deployment_timeout_ms=deployment_timeout_ms or default_timeout_ms(),
         wait_seconds=wait_seconds,
+        transport=transport,
     )
     check_paths(parameters.build_options)
     async with AsyncExitStack() as in_use:
@@ -145,7 +148,12 @@ async def _transfer(workflow: Workflow, metadata: ImageMetadata, image: ImagePac
             sent_bytes = 0
             if accepted.state is HostState.RECEIVING:
                 sent_bytes = await stage.run(
-                    transfer.upload_package, host, accepted.deployment_id, image, correlation_id
+                    transfer.upload_package,
+                    host,
+                    accepted.deployment_id,
+                    image,
+                    correlation_id,
+                    accepted.incoming_path,
                 )
             status = await stage.run(transfer.verify_transfer, host, accepted.deployment_id, correlation_id)
         stage.artifacts |= await reporting.shown(
@@ -209,6 +217,7 @@ def _request(workflow: Workflow, metadata: ImageMetadata, image: ImagePackage) -
         workflow_id=workflow.workflow_id,
         image=package.announce_image(metadata, image),
         package=image.announcement(),
+        transport=asked.transport,
     )
 
 

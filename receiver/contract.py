@@ -41,7 +41,7 @@ LABEL_IMAGE_TAG = "gantry.image_tag"
 
 
 def deploy_path(deployment_id: str, action: str = "") -> str:
-    """Path of one deployment, or of an action on it: `package`, `status`, `restore`, `abort`."""
+    """Path of one deployment, or of an action: `package`, `collect`, `status`, `restore`, `abort`."""
     return f"{DEPLOY_PATH}/{deployment_id}" + (f"/{action}" if action else "")
 
 
@@ -112,6 +112,13 @@ class Stage(StrEnum):
     def number(self) -> int:
         """Position of the stage, from 1."""
         return list(Stage).index(self) + 1
+
+
+class Transport(StrEnum):
+    """How a package travels; who may have it deployed is always told by signed HTTP."""
+
+    HTTP = "http"
+    RSYNC = "rsync"
 
 
 class WireModel(BaseModel):
@@ -204,7 +211,7 @@ class HealthCheckConfig(WireModel):
     timeout_ms: Annotated[int, Field(ge=1, le=300_000)] | None = None
     quiet_period_ms: Annotated[int, Field(ge=0, le=600_000)] = 1000
     consul_enabled: bool = False
-    consul_url: str = "http://127.0.0.1:8500"
+    consul_url: Annotated[str, AfterValidator(references.check_consul_url)] = "http://127.0.0.1:8500"
 
 
 class ImageAnnouncement(WireModel):
@@ -236,6 +243,7 @@ class DeployRequest(WireModel):
     workflow_id: WorkflowId | None = None
     image: ImageAnnouncement | None = None
     package: PackageAnnouncement | None = None
+    transport: Transport = Transport.HTTP
 
 
 class DeployAccepted(WireModel):
@@ -248,6 +256,9 @@ class DeployAccepted(WireModel):
     upload_url: str
     upload_offset: int = Field(description="Bytes of the package that the host holds, all verified.")
     chunk_bytes: int = Field(description="Largest chunk that one PATCH may carry.")
+    incoming_path: str | None = Field(
+        default=None, description="Where rsync may put the package, for `collect`; null for transport http."
+    )
 
 
 class RollbackRequest(WireModel):

@@ -24,7 +24,7 @@ from receiver.contract import (
     QualityGate,
     Stage,
 )
-from tasks import progress
+from tasks import progress, rsync
 from tasks.errors import RetryPolicy, TransferFailed
 from tasks.logs import RunLogger
 from tasks.package import ImagePackage
@@ -72,9 +72,16 @@ async def send_deployment_request(
 
 @operation("upload_package", Stage.TRANSFER, policy=UPLOAD_POLICY, timeout=False)
 async def upload_package(
-    host: RemoteHost, deployment_id: str, package: ImagePackage, correlation_id: str
+    host: RemoteHost,
+    deployment_id: str,
+    package: ImagePackage,
+    correlation_id: str,
+    incoming_path: str | None = None,
 ) -> int:
-    """Send what the host does not hold yet; returns the bytes it took. Tells each tenth of the way."""
+    """Send what the host does not hold yet; returns the bytes it took. Tells each tenth of the way.
+
+    By rsync where the host named a path for that.
+    """
     what = f"Uploading {size(package.size_bytes)} to {host.name}"
     try:
         with package_in_use(package.path):
@@ -83,6 +90,9 @@ async def upload_package(
                 host.receiver(correlation_id=correlation_id) as receiver,
             ):
                 told = _log_and_tell(get_run_logger(), tell)
+                if incoming_path is not None:
+                    goal = rsync.Goal(host, deployment_id, incoming_path)
+                    return await rsync.upload(receiver, goal, package.path, told)
                 return await receiver.upload(deployment_id, package.path, progress=told)
     except FileNotFoundError as exc:
         raise TransferFailed(

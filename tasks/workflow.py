@@ -24,8 +24,8 @@ from blocks.event_broker import find_event_broker
 from blocks.receiver_client import PackageChanged, ReceiverRefused, ReceiverUnreachable
 from blocks.records_database import find_records_url
 from blocks.remote_host import RemoteHost, find_remote_host
-from receiver.contract import DeploymentStatus, ErrorCode, HealthAttempt, Stage
-from tasks import active, dispatch, narration, outcome
+from receiver.contract import DeploymentStatus, ErrorCode, HealthAttempt, Stage, Transport
+from tasks import active, dispatch, narration, outcome, rsync
 from tasks.errors import (
     ERROR_CLASSES,
     DeploymentFailed,
@@ -314,6 +314,8 @@ async def open_workflow(parameters: DeploymentParameters) -> AsyncIterator[Workf
     repeats gets a new one, since a workflow that ended never changes.
     """
     host = await find_remote_host(parameters.remote_host, parameters.remote_port)
+    if parameters.transport is Transport.RSYNC:
+        rsync.check(host)
     if engine := await find_build_engine():
         os.environ["DOCKER_HOST"] = engine  # for the SDK and for buildx; a flow run is a process of its own
     workflow_id, flow_run_id = _identity()

@@ -185,6 +185,19 @@ def furnish(lab: Lab) -> None:
     in_control(lab, "-m", "prefect", "--no-prompt", "deploy", "--all")
 
 
+def large_build(service: Service) -> dict[str, str]:
+    """`build_options` of an image of 200 MB that does not compress; it answers with "large"."""
+    context = service.lab.state_dir / f"large-{service.name}"
+    context.mkdir(exist_ok=True)
+    (context / "Dockerfile").write_text(
+        f"FROM {BASE_IMAGE}\nCOPY hello /hello\n"
+        "RUN dd if=/dev/urandom of=/blob bs=1048576 count=200 && mkdir /www && echo large > /www/index.html"
+        ' && echo ok > /www/health\nCMD ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"]\n'
+    )
+    (context / "hello").write_text(service.name)
+    return {"build_context": str(context)}
+
+
 def place_sample(lab: Lab) -> None:
     """Give the control side the sample's build context and the base image that it starts from."""
     shutil.copytree(EXAMPLE, lab.state_dir / "hello")

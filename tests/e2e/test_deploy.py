@@ -12,6 +12,7 @@ from tests.e2e.deploying import (
     Service,
     events_of,
     in_control,
+    large_build,
     prefect_api,
     query,
     start_run,
@@ -235,16 +236,8 @@ def test_wrong_parameters_are_refused_before_anything_is_built(
 def test_a_receiver_that_is_killed_in_mid_upload_is_resumed(service: Service) -> None:
     """The upload goes on from the bytes that the host verified, and the deployment completes."""
     host = service.host
-    context = service.lab.state_dir / f"large-{service.name}"
-    context.mkdir()
-    (context / "Dockerfile").write_text(
-        "FROM gantry-test-base:latest\nCOPY hello /hello\n"
-        "RUN dd if=/dev/urandom of=/blob bs=1048576 count=200 && mkdir /www && echo large > /www/index.html"
-        ' && echo ok > /www/health\nCMD ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"]\n'
-    )
-    (context / "hello").write_text(service.name)
     packages = host.folder / "receiver" / "packages"
-    run_id = service.start({**service.parameters("v1"), "build_options": {"build_context": str(context)}})
+    run_id = service.start({**service.parameters("v1"), "build_options": large_build(service)})
     wait_for(
         lambda: any(part.stat().st_size > 20_000_000 for part in packages.glob("*.part")), "the upload begins"
     )
