@@ -17,7 +17,7 @@ from blocks import load_if_saved
 from blocks.event_broker import EventBroker
 from blocks.hmac_secret import KEY_VARIABLE, HmacSecret
 from blocks.records_database import RecordsDatabase
-from blocks.remote_host import RemoteHost
+from blocks.remote_host import RemoteHost, saved_host_names
 from deployments.setup_hosts import HostAddress
 from deployments.setup_items import Change, Item, item
 
@@ -122,7 +122,7 @@ async def _save(kind: type[Block], name: str, saved: Block | None, values: Mappi
 
 async def known_hosts(told: Sequence[HostAddress]) -> list[RemoteHost]:
     """The hosts that set-up was told of, and those saved before, as blocks with their names."""
-    hosts = {host.name: host for host in await _saved_hosts()}
+    hosts = {name: await RemoteHost.aload(name) for name in await saved_host_names()}
     for each in told:
         saved = hosts.get(each.name)
         block = RemoteHost(address=each.address, port=each.port, tls=each.tls)
@@ -130,12 +130,3 @@ async def known_hosts(told: Sequence[HostAddress]) -> list[RemoteHost]:
         block._block_document_name = each.name
         hosts[each.name] = block
     return list(hosts.values())
-
-
-async def _saved_hosts() -> list[RemoteHost]:
-    async with get_client() as client:
-        try:
-            found = await client.read_block_documents_by_type(RemoteHost.get_block_type_slug())
-        except ObjectNotFound:  # no host was ever saved
-            return []
-    return [await RemoteHost.aload(name) for name in sorted(block.name for block in found if block.name)]

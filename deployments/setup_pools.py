@@ -6,12 +6,13 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from deployments.setup_items import Item, SetupRefused, item
 from tasks.active import SLOTS
@@ -46,9 +47,9 @@ async def _pool(name: str, kind: str, template: dict[str, Any] | None) -> Item:
     async def apply() -> None:
         async with get_client() as client:
             if found is None:
-                await client.create_work_pool(
-                    WorkPoolCreate(name=name, type=kind, base_job_template=template or {})
-                )
+                wanted = WorkPoolCreate(name=name, type=kind, base_job_template=template or {})
+                with suppress(ObjectAlreadyExists):  # a worker that just started has made it
+                    await client.create_work_pool(wanted)
             else:
                 await client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from types import MappingProxyType
 from typing import Any
-from uuid import UUID
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import WorkPool
@@ -92,19 +92,18 @@ class PrefectEvents:
             get_run_logger().warning("Prefect was not told of all changes within %g s", FLUSH_SECONDS)
 
     async def _send(self, change: Change) -> None:
-        if not PREFECT_API_URL.value():
-            return  # else Prefect would start a server for the event
+        if not change.events or not PREFECT_API_URL.value():  # without a URL Prefect would start a server
+            return
         pool = await self._find_pool()
-        for event in change.events:
-            for number, name in enumerate(names_of(event)):
-                emit_event(
-                    name,
-                    resource_of(event, change.to_state),
-                    occurred=event.at,
-                    related=list(related_to(event, self.flow_run_id, pool)),
-                    payload=payload_of(event, change.next_step, self.flow_run_id),
-                    **({"id": UUID(event.event_id)} if number == 0 else {}),
-                )
+        named = [(name, event) for event in change.events for name in names_of(event)]
+        for number, (name, event) in enumerate(named):
+            emit_event(
+                name,
+                resource_of(event, change.to_state),
+                occurred=event.at + timedelta(microseconds=number),  # the feed sorts by it
+                related=list(related_to(event, self.flow_run_id, pool)),
+                payload=payload_of(event, change.next_step, self.flow_run_id, self.work_pool),
+            )
 
     async def _find_pool(self) -> WorkPool | None:
         """The host's work pool, asked for once; None while the server does not know it or does not answer."""
@@ -172,13 +171,14 @@ def related_to(event: Event, flow_run_id: str | None, pool: WorkPool | None) -> 
         yield {"prefect.resource.id": f"prefect.flow-run.{flow_run_id}", "prefect.resource.role": "flow-run"}
 
 
-def payload_of(event: Event, next_step: str, flow_run_id: str | None) -> dict[str, Any]:
+def payload_of(event: Event, next_step: str, flow_run_id: str | None, work_pool: str) -> dict[str, Any]:
     """What a notification says; without secrets, without what is not known, and short."""
     told = {name: event.payload.get(name) for name in _TOLD}
     if _code(event) == ErrorCode.ROLLBACK_FAILED:
         next_step = RollbackFailed.next_step
+    run_url = url_for("flow-run", flow_run_id) if flow_run_id else None
     told |= {"workflow_id": event.workflow_id, "deployment_id": event.deployment_id}
-    told |= {"next_step": next_step, "run_url": url_for("flow-run", flow_run_id) if flow_run_id else None}
+    told |= {"next_step": next_step, "run_url": run_url, "work_pool": work_pool}
     return {name: _short(value) for name, value in jsonable(told).items() if value not in (None, "")}
 
 
