@@ -176,13 +176,9 @@ def states_of(lab: Lab, workflow_id: str) -> list[str]:
 def furnish(lab: Lab) -> None:
     """Give a lab what deployments need: the sample's context and base image, registered hosts and flows."""
     place_sample(lab)
-    register, what = ("-m", "deployments.register"), ["--control"]
-    for host in lab.hosts.values():
-        in_control(
-            lab, *register, *what, "--host", host.name, "--address", host.address, "--python", lab.python
-        )
-        what = []
-    in_control(lab, "-m", "prefect", "--no-prompt", "deploy", "--all")
+    hosts = [("--host", f"{host.name}={host.address}") for host in lab.hosts.values()]
+    words = [word for host in hosts for word in host]
+    in_control(lab, "-m", "deployments.setup", *words, "--worker-python", lab.python)
 
 
 def large_build(service: Service) -> dict[str, str]:

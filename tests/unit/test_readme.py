@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 
+from deployments.setup_automations import definitions
 from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
 from tasks.parameters import BuildOptions, DeploymentParameters
+from tasks.prefect_events import NAMES, ROLLBACK_FAILED
 from tasks.states import TRIGGERS, WorkflowState
 from tests import readme
 from tests.faults import __main__ as faults
@@ -61,6 +63,21 @@ def test_the_parameters_are_the_documented_ones() -> None:
 def test_the_error_codes_are_the_documented_ones() -> None:
     """All seven, each with what follows."""
     assert {row[0].strip("`") for row in table_after("shows its report")} == {*ErrorCode}
+
+
+def test_the_automations_are_the_documented_ones() -> None:
+    """Each file of the folder, by its name."""
+    assert {row[0].strip("`") for row in table_after("**Automations**")} == {
+        one.name for one in definitions()
+    }
+
+
+def test_the_prefect_events_are_the_documented_ones() -> None:
+    """Each name that a change of state is told under."""
+    assert {row[0].strip("`") for row in table_after("**Prefect events.**")} == {
+        *NAMES.values(),
+        ROLLBACK_FAILED,
+    }
 
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:
