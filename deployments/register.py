@@ -3,7 +3,7 @@
     python -m deployments.register --host host-b --address 10.0.0.7
     python -m deployments.register --control
 
-Idempotent; run again it updates. Service definitions are in `prefect.yaml`: `prefect deploy --all`.
+Idempotent; run again it updates. Services are files in `deployments/services`: `prefect deploy --all`.
 """
 
 from __future__ import annotations

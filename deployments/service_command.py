@@ -9,6 +9,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
+
 from deployments.service_files import ServiceFile
 from deployments.service_folder import FOLDER, ServicesRefused, read_folder
 
@@ -42,7 +44,11 @@ def register(folder: Path) -> None:
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     from deployments.service_registry import register_folder
 
-    asyncio.run(register_folder(folder, Path.cwd()))
+    try:
+        asyncio.run(register_folder(folder, Path.cwd()))
+    except httpx.TransportError as exc:
+        url = os.environ.get("PREFECT_API_URL", "its default address")
+        raise SystemExit(f"no Prefect server answers at {url} ({exc}); set PREFECT_API_URL") from exc
 
 
 def main(arguments: Sequence[str]) -> int:

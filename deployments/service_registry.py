@@ -26,7 +26,7 @@ _PAGE = 100
 
 
 def register_services(folder: str = str(FOLDER)) -> None:
-    """The build step of `prefect.yaml`: a mistake in a file ends `prefect deploy`, and nothing is registered."""
+    """The build step of `prefect.yaml`: a mistake in a file ends it, and nothing is registered."""
     try:
         asyncio.run(register_folder(Path(folder), Path.cwd()))
     except ServicesRefused as exc:

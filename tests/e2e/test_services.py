@@ -1,4 +1,4 @@
-"""Service files on a real Prefect server and a real host: registered by `prefect deploy --all`, and deployed."""
+"""Service files on a real Prefect server and a real host: registered by `prefect deploy --all`, deployed."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_wrong_file_fails_prefect_deploy_and_registers_nothing(furnished: Lab,
 
 
 def test_the_examples_are_deployed_at_once_and_answer(furnished: Lab) -> None:
-    """The specification's four services, by their Prefect deployments, to another host than their files name."""
+    """The specification's four services, each to another host than its file names."""
     furnished.control.docker().images.get(BASE_IMAGE).tag("gantry-demo-base", "latest")
     host = furnished.hosts["host-a"]
     runs = {
