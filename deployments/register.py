@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from blocks.hmac_secret import HmacKeyMissing
 from deployments import setup, setup_automations, setup_blocks, setup_pools
+from deployments.service_folder import ServicesRefused
 from deployments.setup_hosts import HostAddress, host_name
 from deployments.setup_items import SetupRefused, settle
 from receiver.contract import DEFAULT_PORT
@@ -89,7 +90,7 @@ async def main(arguments: Sequence[str]) -> int:
             await register_host(
                 options.host, options.address, options.port, tls=options.tls, python=options.worker_python
             )
-    except (HmacKeyMissing, SetupRefused, ValidationError) as exc:
+    except (HmacKeyMissing, SetupRefused, ServicesRefused, ValidationError) as exc:
         parser().error(setup.explain(exc))
     return 0
 

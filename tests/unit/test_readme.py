@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+import yaml
+
+from deployments.service_files import ServiceFile
 from deployments.setup_automations import definitions
 from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
@@ -60,6 +63,11 @@ def test_the_parameters_are_the_documented_ones() -> None:
     assert re.findall(r"`(\w+)`", options) == list(BuildOptions.model_fields)
 
 
+def test_the_keys_of_service_files_are_the_documented_ones() -> None:
+    """Each key, in the order of the model."""
+    assert [row[0].strip("`") for row in table_after("### Service files")] == list(ServiceFile.model_fields)
+
+
 def test_the_error_codes_are_the_documented_ones() -> None:
     """All seven, each with what follows."""
     assert {row[0].strip("`") for row in table_after("shows its report")} == {*ErrorCode}
@@ -82,7 +90,7 @@ def test_the_prefect_events_are_the_documented_ones() -> None:
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:
     """Files are there; a test that is named is in its file."""
-    for text, target in re.findall(r"\[`?([^\]`]+)`?\]\(([^)]+)\)", README):
+    for text, target in re.findall(r"\[`?([^\]`]+)`?\]\(([^)#]+)\)", README):
         path = PROJECT / target
         assert path.exists(), target
         if text.startswith("test_"):
@@ -92,3 +100,10 @@ def test_every_link_into_the_repository_leads_somewhere() -> None:
 def test_the_summary_of_the_faults_is_that_of_their_results() -> None:
     """As `python -m tests.faults readme` writes it."""
     assert readme.marked(faults.README_PART, faults.summary(faults.RESULTS)) in README
+
+
+def test_the_service_file_of_the_readme_is_right() -> None:
+    """Word for word."""
+    example = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert example
+    assert ServiceFile.model_validate(yaml.safe_load(example[1])).schedule
