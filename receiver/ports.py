@@ -46,7 +46,7 @@ def look_at(wanted: Wanted, published: Sequence[PublishedPort]) -> HostPort:
             container_name=by.container_name,
         )
     inodes = set(_listeners(port, protocol))
-    if not inodes:
+    if not inodes and _binds(port, protocol):
         return HostPort(port=port, protocol=protocol, free=True)
     return HostPort(port=port, protocol=protocol, free=False, holder=_process_with(inodes))
 
@@ -71,11 +71,15 @@ def _process_with(inodes: set[str]) -> str | None:
     return None
 
 
-def binds(port: int, protocol: str) -> bool:
-    """True when a socket could be bound to the port of all addresses now."""
+def _binds(port: int, protocol: str) -> bool:
+    """True when a socket can be bound now, or when only the engine may say (a low port, no privilege)."""
     kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-    with socket.socket(socket.AF_INET, kind) as probe, contextlib.suppress(OSError):
+    with socket.socket(socket.AF_INET, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("", port))
-        return True
-    return False
+        try:
+            probe.bind(("", port))
+        except PermissionError:
+            return True
+        except OSError:
+            return False
+    return True
