@@ -153,13 +153,17 @@ async def find_remote_host(name_or_address: str, port: int = contract.DEFAULT_PO
 
 async def saved_remote_hosts() -> list[RemoteHost]:
     """All hosts that are saved as blocks, by name."""
+    return [await find_remote_host(name) for name in await saved_host_names()]
+
+
+async def saved_host_names() -> list[str]:
+    """Names of the hosts that are saved as blocks, sorted."""
     async with get_client() as client:
         try:
             found = await client.read_block_documents_by_type(RemoteHost.get_block_type_slug())
         except ObjectNotFound:  # no host was ever saved
             return []
-    names = sorted(block.name for block in found if block.name)
-    return [await find_remote_host(name) for name in names]
+    return sorted(block.name for block in found if block.name)
 
 
 def _from_environment(address: str, port: int) -> RemoteHost:

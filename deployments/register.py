@@ -105,6 +105,7 @@ async def register_flow(
 async def register_control(working_dir: Path | None = None) -> None:
     """The control side's work pool and its general Prefect deployments."""
     from flows.deploy import deploy_container
+    from flows.doctor import doctor
     from flows.reconcile import reconcile
     from flows.rollback import rollback_container
     from flows.versions import list_versions
@@ -113,7 +114,7 @@ async def register_control(working_dir: Path | None = None) -> None:
     await limit_deployments(max_concurrent_deployments())
     where: dict[str, Any] = {"working_dir": working_dir, "python": sys.executable}
     await register_flow(reconcile, "default", CONTROL_POOL, **where, **_RECONCILE_WHEN)
-    for flow in (deploy_container, rollback_container, list_versions):
+    for flow in (deploy_container, rollback_container, list_versions, doctor):
         await register_flow(flow, "default", CONTROL_POOL, **where)
 
 
