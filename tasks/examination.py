@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
+import httpx
 from pydantic import ValidationError
 
 from blocks.hmac_secret import HmacKeyMissing
@@ -63,7 +64,7 @@ async def _examine(
             host = await find_remote_host(name, remote_port)
         async with asyncio.timeout(HOST_SECONDS):
             return await examine_host(host, ports, control)
-    except (HmacKeyMissing, ValidationError) as exc:
+    except (HmacKeyMissing, ValidationError, httpx.HTTPError) as exc:
         return HostLost(name, _one_line(exc))
     except TimeoutError:
         return HostLost(name, f"not examined within {FINDING_SECONDS + HOST_SECONDS:.0f} s")

@@ -30,7 +30,7 @@ _PRODUCER_ONLY = frozenset({"acks", "enable_idempotence"})
 
 
 async def examine_control() -> ControlFindings:
-    """All parts at once; those that are named by blocks are looked for in the environment without a server."""
+    """All parts at once; without a server, what blocks name is looked for in the environment."""
     prefect = await ask_prefect()
     place, engine, records, broker = await asyncio.gather(
         place_of(POOL, DEPLOYMENTS, prefect), _engine(prefect), _records(prefect), _broker(prefect)
@@ -105,11 +105,16 @@ async def _records(prefect: Prefect) -> RecordsFound:
 
 
 async def _look_into(url: URL, shown: str) -> RecordsFound:
-    if url.get_backend_name() == "sqlite" and not Path(str(url.database)).exists():
+    if not await asyncio.to_thread(_is_there, url):
         return RecordsFound(shown, None, HEAD_REVISION)
     revision = await migrations.revision(url)
     workflows = await _open_workflows(url) if revision == HEAD_REVISION else ()
     return RecordsFound(shown, revision, HEAD_REVISION, open_workflows=workflows)
+
+
+def _is_there(url: URL) -> bool:
+    """False for a SQLite file that connecting would make."""
+    return url.get_backend_name() != "sqlite" or Path(str(url.database)).exists()
 
 
 async def _open_workflows(url: URL) -> tuple[OpenWorkflow, ...]:

@@ -1,4 +1,4 @@
-"""What the Prefect server says of itself, of a work pool and of Prefect deployments. Asks, changes nothing."""
+"""What the Prefect server says of itself, of a work pool and of Prefect deployments. Changes nothing."""
 
 from __future__ import annotations
 
