@@ -114,12 +114,12 @@ async def _package(
             metadata = await stage.run(package.gather_metadata, image_id, reference)
             image = await package.export_or_reuse(stage, metadata)
             in_use.enter_context(store.package_in_use(image.path))
-        await package.check_image(stage, metadata, image, asked.build_options, health.architecture)
-        stage.artifacts |= await reporting.shown(
-            reporting.write_package_artifacts(workflow.workflow_id, metadata, image)
-        )
-        workflow.config_digest = package.announce_image(metadata, image).config_digest
-        stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
+            await package.check_image(stage, metadata, image, asked.build_options, health.architecture)
+            stage.artifacts |= await reporting.shown(
+                reporting.write_package_artifacts(workflow.workflow_id, metadata, image)
+            )
+            workflow.config_digest = package.announce_image(metadata, image).config_digest
+            stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
     result = stage.result()
     await workflow.advance(
         WorkflowState.TRANSFERRING,
