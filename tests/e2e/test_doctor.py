@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deployments.lab import Host, Lab
-from tests.e2e.deploying import in_control, outcome, prefect_api, start_run, wait_for
+from deployments.lab_processes import wait_until
+from tests.e2e.deploying import in_control, outcome, prefect_api, start_run
 
 PROJECT = Path(__file__).resolve().parents[2]
 PORT = 18990
@@ -30,7 +31,12 @@ def held_port(host: Host, python: str) -> Iterator[None]:
     """A process of the host listens at `PORT`."""
     squatter = host.spawn("squatter", python, "-m", "http.server", str(PORT))
     try:
-        wait_for(lambda: host.get(f"http://127.0.0.1:{PORT}/").status, "the squatter listens", seconds=20)
+        wait_until(
+            lambda: host.get(f"http://127.0.0.1:{PORT}/").status == 200,
+            "the squatter",
+            deadline_seconds=20,
+            services=[squatter],
+        )
         yield
     finally:
         squatter.stop()
