@@ -19,7 +19,7 @@ from tasks import migrations, store
 from tasks.examination_prefect import ask_prefect, place_of
 from tasks.findings import BrokerFound, BuildEngine, ControlFindings, OpenWorkflow, Prefect, RecordsFound
 from tasks.records import Records
-from tasks.schema import HEAD_REVISION, RecordsUrlRefused, make_engine, parse_url
+from tasks.schema import HEAD_REVISION, make_engine, parse_url
 
 POOL = "control"
 DEPLOYMENTS = ("deploy-container/default", "rollback-container/default", "reconcile/default")
@@ -91,16 +91,26 @@ def _mount_of(folder: Path) -> str:
 
 
 async def _records(prefect: Prefect) -> RecordsFound:
-    shown = "the records"
     try:
-        database = RecordsDatabase.from_environment().sqlalchemy_url() if prefect.problem else ""
-        url = parse_url(database or await find_records_url())
-        shown = url.render_as_string(hide_password=True)
+        if prefect.problem:
+            url = RecordsDatabase.from_environment().sqlalchemy_url()
+        else:
+            url = await find_records_url()
+    except ValidationError as exc:
+        return RecordsFound("the records", problem=_first_line(exc))
+    return await look_into_records(url)
+
+
+async def look_into_records(url: str) -> RecordsFound:
+    """The records at `url`; neither makes nor migrates them."""
+    parsed = parse_url(url)
+    shown = parsed.render_as_string(hide_password=True)
+    try:
         async with asyncio.timeout(RECORDS_SECONDS):
-            return await _look_into(url, shown)
+            return await _look_into(parsed, shown)
     except TimeoutError:
         return RecordsFound(shown, problem=f"no answer in {RECORDS_SECONDS:.0f} s")
-    except (OSError, SQLAlchemyError, RecordsUrlRefused, ValidationError) as exc:
+    except (OSError, SQLAlchemyError) as exc:
         return RecordsFound(shown, problem=_first_line(exc))
 
 
