@@ -167,7 +167,7 @@ async def saved_remote_hosts() -> list[RemoteHost]:
 
 
 async def saved_host_names() -> list[str]:
-    """Names of the hosts that are saved as blocks; none where no host was ever saved."""
+    """Names of the hosts that are saved as blocks, sorted; none where no host was ever saved."""
     slug = RemoteHost.get_block_type_slug()
     async with get_client() as client:
         try:

@@ -26,7 +26,7 @@ from receiver.contract import (
     Stage,
     Transport,
 )
-from tasks import dispatch, outcome, package, reporting, store, transfer
+from tasks import dispatch, outcome, package, precheck, reporting, store, transfer
 from tasks.package import ImageMetadata, ImagePackage
 from tasks.parameters import (
     BuildOptions,
@@ -103,24 +103,27 @@ async def _package(
 ) -> tuple[ImageMetadata, ImagePackage]:
     """Stage 1. An unchanged image is neither built nor exported again, unless it is gone.
 
-    The package is not dropped for those of other deployments while it is `in_use`.
+    Nothing is built for a host that is out of reach or refuses our key. The package is not dropped for
+    those of other deployments while it is `in_use`.
     """
     asked = workflow.parameters
     reference = workflow.image
     await workflow.advance(WorkflowState.PACKAGING)
     say = get_run_logger().info
-    async with workflow.stage(Stage.PACKAGE, _seconds(workflow)) as stage, store.alone(reference, say):
-        architecture = await transfer.probe_architecture(workflow.host, workflow.workflow_id)
-        image_id = await package.build_or_reuse(stage, asked)
-        metadata = await stage.run(package.gather_metadata, image_id, reference)
-        image = await package.export_or_reuse(stage, metadata)
-        in_use.enter_context(store.package_in_use(image.path))
-        await package.check_image(stage, metadata, image, asked.build_options, architecture)
-        stage.artifacts |= await reporting.shown(
-            reporting.write_package_artifacts(workflow.workflow_id, metadata, image)
-        )
-        workflow.config_digest = package.announce_image(metadata, image).config_digest
-        stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
+    async with workflow.stage(Stage.PACKAGE, _seconds(workflow)) as stage:
+        health = await stage.run(precheck.check_host, workflow.host, workflow.workflow_id)
+        await precheck.warn_of_pool(workflow.host)
+        async with store.alone(reference, say):
+            image_id = await package.build_or_reuse(stage, asked)
+            metadata = await stage.run(package.gather_metadata, image_id, reference)
+            image = await package.export_or_reuse(stage, metadata)
+            in_use.enter_context(store.package_in_use(image.path))
+            await package.check_image(stage, metadata, image, asked.build_options, health.architecture)
+            stage.artifacts |= await reporting.shown(
+                reporting.write_package_artifacts(workflow.workflow_id, metadata, image)
+            )
+            workflow.config_digest = package.announce_image(metadata, image).config_digest
+            stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
     result = stage.result()
     await workflow.advance(
         WorkflowState.TRANSFERRING,

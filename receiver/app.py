@@ -23,7 +23,7 @@ from docker.errors import DockerException
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from requests.exceptions import RequestException
 
-from receiver import access, contract, locks, logs, problems, versions
+from receiver import access, contract, locks, logs, problems, report, versions
 from receiver.access import Access
 from receiver.contract import (
     DeploymentStatus,
@@ -328,6 +328,7 @@ def create_app(
     )
     app.include_router(router)
     app.include_router(versions.router)
+    app.include_router(report.router)
     problems.install(app)
     app.add_middleware(
         Access,

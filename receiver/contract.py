@@ -19,6 +19,7 @@ HEALTH_PATH = "/health"
 METRICS_PATH = "/metrics"
 WORKFLOW_PATH = "/api/workflows"
 CONTAINERS_PATH = "/api/containers"
+HOST_PATH = "/api/host"
 
 TIMESTAMP_HEADER = "X-Deployment-Timestamp"
 SIGNATURE_HEADER = "X-Deployment-Signature"
@@ -387,6 +388,58 @@ class HostHealth(WireModel):
     architecture: str | None = None
     engine_version: str | None = None
     time: datetime
+
+
+class HostEngine(WireModel):
+    """The host's Docker Engine."""
+
+    version: str
+    architecture: str
+    os: str
+    storage_driver: str
+
+
+class HostDisk(WireModel):
+    """Room below a folder that deployments write to; folders of one `device` share it."""
+
+    path: str
+    device: str
+    free_bytes: Annotated[int, Field(ge=0)]
+    total_bytes: Annotated[int, Field(ge=0)]
+
+
+class HostPort(WireModel):
+    """One host port that was asked for; `container_name` is set when a container of ours holds it."""
+
+    port: Port
+    protocol: Literal["tcp", "udp"]
+    free: bool
+    holder: str | None = Field(default=None, description="Who holds it, as far as the receiver can see.")
+    container_name: str | None = None
+
+
+class OpenDeployment(WireModel):
+    """A deployment that is not at rest, or whose restore failed and that nothing has settled since."""
+
+    deployment_id: str
+    workflow_id: str | None
+    container_name: str
+    image_tag: str
+    state: HostState
+    is_held: bool
+    updated_at: datetime
+
+
+class HostReport(WireModel):
+    """Answer to `GET /api/host?port=8080/tcp`; `settings` holds no secret."""
+
+    version: str
+    time: datetime
+    engine: HostEngine | None = Field(description="None while the engine does not answer.")
+    disks: list[HostDisk]
+    ports: list[HostPort]
+    open_deployments: list[OpenDeployment]
+    settings: dict[str, str]
 
 
 class Problem(BaseModel):

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from prefect.logging import get_run_logger
 from prefect.utilities.slugify import slugify
 
-from blocks.receiver_client import Progress, ReceiverError, ReceiverRefused
+from blocks.receiver_client import Progress, ReceiverRefused
 from blocks.remote_host import RemoteHost
 from receiver.contract import (
     DeployAccepted,
@@ -41,6 +41,11 @@ _BEFORE_THE_SIGNATURE = frozenset({401, 403, 413, 429})  # answers that prove no
 @operation("establish_connection", Stage.TRANSFER)
 async def establish_connection(host: RemoteHost, correlation_id: str) -> HostHealth:
     """Ask the receiver's health; raises `ReceiverUnreachable`, or `TransferFailed` without an engine."""
+    return await ask_health(host, correlation_id)
+
+
+async def ask_health(host: RemoteHost, correlation_id: str) -> HostHealth:
+    """The health of a host whose engine answers; warns of its clock. Raises as `establish_connection`."""
     async with host.receiver(correlation_id=correlation_id) as receiver:
         health = await receiver.health()
     if not health.docker_connected:
@@ -129,15 +134,6 @@ async def verify_transfer(host: RemoteHost, deployment_id: str, correlation_id: 
             retryable=False,
         )
     return status
-
-
-async def probe_architecture(host: RemoteHost, correlation_id: str) -> str | None:
-    """The host's architecture, or None while it cannot be told: stage 2 will say why."""
-    async with host.receiver(correlation_id=correlation_id) as receiver:
-        try:
-            return (await receiver.health()).architecture
-        except ReceiverError:
-            return None
 
 
 @contextmanager

@@ -31,6 +31,12 @@ def peak_resident_mb(pid: int) -> float:
     return int(peak.split()[1]) / 1024
 
 
+def operations_of(lab: Lab, workflow_id: str) -> list[str]:
+    """Operations of a workflow's first stage, in order."""
+    sql = "SELECT operations FROM workflow_stage_results WHERE workflow_id = ? ORDER BY stage_number"
+    return [told["name"] for told in json.loads(query(lab, sql, workflow_id)[0]["operations"])]
+
+
 def test_a_first_deployment_a_second_version_and_the_same_again(service: Service) -> None:
     """Each ends COMPLETED and serves; what did not change is neither built, exported nor sent again."""
     first = service.deploy("v1")
@@ -177,17 +183,19 @@ def test_a_build_that_fails_touches_nothing_on_the_host(service: Service) -> Non
     assert service.containers() == []
 
 
-def test_an_unreachable_host_ends_the_workflow_before_anything_is_sent(service: Service) -> None:
+def test_an_unreachable_host_ends_the_workflow_before_anything_is_built(service: Service) -> None:
     """REMOTE_ENDPOINT_UNREACHABLE after five attempts, with what to look at."""
     failed = service.deploy("v1", {"remote_port": 8999})
     assert failed.state == "FAILED"
     assert "REMOTE_ENDPOINT_UNREACHABLE" in failed.message
-    assert states_of(service.lab, failed.run_id) == ["PENDING", "PACKAGING", "TRANSFERRING", "FAILED"]
+    assert states_of(service.lab, failed.run_id) == ["PENDING", "PACKAGING", "FAILED"]
+    assert operations_of(service.lab, failed.run_id) == ["check_host"]
+    assert failed.record["error_code"] == "REMOTE_ENDPOINT_UNREACHABLE"
     assert events_of(service.lab, failed.run_id)[-1] == "DEPLOYMENT_DLQ"
 
 
 def test_a_wrong_key_is_refused_and_says_so(furnished: Lab, service: Service) -> None:
-    """A host that was registered with another key answers 401, and nothing is retried or changed."""
+    """A host that was registered with another key answers 401: nothing is built, retried or changed."""
     host = furnished.hosts["host-a"]
     register = ("-m", "deployments.register", "--host", "host-wrong", "--address", host.address)
     in_control(furnished, *register, env={"HMAC_SECRET_KEY": "0" * 64})
@@ -195,6 +203,8 @@ def test_a_wrong_key_is_refused_and_says_so(furnished: Lab, service: Service) ->
     assert failed.state == "FAILED"
     assert "Authentication failed" in failed.message
     assert failed.record["error_code"] == "TRANSFER_FAILED"
+    assert states_of(service.lab, failed.run_id) == ["PENDING", "PACKAGING", "FAILED"]
+    assert operations_of(service.lab, failed.run_id) == ["check_host"]
     assert service.containers() == []
 
 
