@@ -14,7 +14,7 @@ from prefect.logging import get_run_logger
 
 from blocks.receiver_client import ReceiverRefused, ReceiverUnreachable
 from blocks.remote_host import RemoteHost
-from receiver.contract import HostHealth
+from receiver.contract import HostHealth, Stage
 from tasks.diagnosis_prefect import judge_pool
 from tasks.errors import OPERATION_POLICIES
 from tasks.examination_prefect import find_pool
@@ -28,7 +28,7 @@ _TRY_SECONDS = _POLICY.timeout_ms / 1000 - 0.5
 _NOT_FOUND = 404
 
 
-@operation("check_host", policy=_POLICY)
+@operation("check_host", Stage.PACKAGE, policy=_POLICY)
 async def check_host(host: RemoteHost, correlation_id: str) -> HostHealth:
     """The host's health, once it has taken a signed call; raises as `establish_connection`, and refusals."""
     try:
