@@ -77,6 +77,9 @@ class RemoteHost(Block):
     ssh_key_file: Path | None = Field(
         default=None, description="Private key for SSH; without a file, the agent's keys."
     )
+    ssh_host_key: str | None = Field(
+        default=None, description="Fingerprint of the host's SSH key; without one, the known hosts count."
+    )
     ssh_known_hosts_file: Path | None = Field(
         default=None,
         description="Host keys to accept for rsync; without a file, those that ssh knows itself.",

@@ -26,6 +26,7 @@ from tasks.errors import ParametersRefused, TransferFailed
 SILENCE_SECONDS = 60
 CONNECT_SECONDS = 10
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?")
+_FINGERPRINT = re.compile(r"SHA256:[A-Za-z0-9+/]{43}")
 _KEPT_VARIABLES = ("PATH", "HOME", "USER", "LOGNAME", "SSH_AUTH_SOCK", "TMPDIR")
 _READ_BYTES = 4096
 _QUOTED_BYTES = 600
@@ -44,7 +45,7 @@ _ABOUT_THE_FILE = dict.fromkeys(
 # ssh ends with 255 whatever happened; only its words tell what a person has to do.
 _SAID_BY_SSH = {
     b"Host key verification failed": "Compare the host's key (ssh-keyscan, and ssh-keygen -l on the host "
-    "itself), then put it into ssh_known_hosts_file of the block, or into known_hosts of the worker's user.",
+    "itself), then correct ssh_host_key or ssh_known_hosts_file of the block, or the worker's known_hosts.",
     b"Permission denied": "Add the public key of ssh_key_file to authorized_keys of ssh_user on the host; "
     "the private one must be readable by its owner alone.",
 }
@@ -75,6 +76,12 @@ def check(host: RemoteHost) -> None:
             f"'rsync' needs the user to log in as, and ssh_user of {block} is {host.ssh_user!r}",
             f"set ssh_user on the block {block} (in the UI: Blocks), or use transport 'http'",
         )
+    if host.ssh_host_key and not _FINGERPRINT.fullmatch(host.ssh_host_key):
+        raise ParametersRefused(
+            "transport",
+            f"ssh_host_key of {block} is {host.ssh_host_key!r}, which is no fingerprint",
+            "give what 'ssh-keygen -l -f /etc/ssh/ssh_host_ed25519_key.pub' says on the host: SHA256:...",
+        )
     for name in ("ssh_key_file", "ssh_known_hosts_file"):
         file: Path | None = getattr(host, name)
         if file is not None and not os.access(file, os.R_OK):
@@ -100,11 +107,22 @@ def ssh_command(host: RemoteHost) -> list[str]:
     }
     if host.ssh_key_file:
         options["IdentitiesOnly"] = "yes"
-    if host.ssh_known_hosts_file:
-        options |= {"UserKnownHostsFile": str(host.ssh_known_hosts_file), "GlobalKnownHostsFile": "/dev/null"}
+    options |= _known_hosts(host)
     key = ["-i", str(host.ssh_key_file)] if host.ssh_key_file else []
     flags = [part for name, value in options.items() for part in ("-o", f"{name}={value}")]
     return ["ssh", "-T", "-x", "-p", str(host.ssh_port), *key, *flags]
+
+
+def _known_hosts(host: RemoteHost) -> dict[str, str]:
+    """The block's fingerprint, else its file, else what ssh knows; never two of them."""
+    if host.ssh_host_key:
+        told = f'test "$1" = {host.ssh_host_key} && echo "$2 $3 $4" || :'
+        command = shlex.join(["/bin/sh", "-c", told, "sh"])
+        nowhere = {"UserKnownHostsFile": "/dev/null", "GlobalKnownHostsFile": "/dev/null"}
+        return {"KnownHostsCommand": f"{command} %f %H %t %K", **nowhere}
+    if host.ssh_known_hosts_file:
+        return {"UserKnownHostsFile": str(host.ssh_known_hosts_file), "GlobalKnownHostsFile": "/dev/null"}
+    return {}
 
 
 def rsync_command(goal: Goal, package: Path) -> list[str]:

@@ -34,10 +34,11 @@ import asyncio, sys
 from pathlib import Path
 from blocks.remote_host import RemoteHost
 
-async def main(name, user, port, key, known_hosts):
+async def main(name, user, port, key, known_hosts, fingerprint):
     host = await RemoteHost.load(name)
     host.ssh_user, host.ssh_port = user or None, int(port)
     host.ssh_key_file, host.ssh_known_hosts_file = Path(key), Path(known_hosts)
+    host.ssh_host_key = fingerprint or None
     await host.save(name, overwrite=True)
 
 asyncio.run(main(*sys.argv[1:]))
@@ -52,10 +53,17 @@ class SshServer:
     host: Host
     folder: Path
 
-    def make_known(self, known_hosts: str = "known_hosts", user: str = "root") -> None:
+    def make_known(
+        self, known_hosts: str = "known_hosts", user: str = "root", fingerprint: str | None = None
+    ) -> None:
         """Write user, port, key and host keys on the host's block."""
         files = (str(self.folder / "user_key"), str(self.folder / known_hosts))
-        in_control(self.lab, "-c", _SET_FIELDS, self.host.name, user, str(PORT), *files)
+        in_control(self.lab, "-c", _SET_FIELDS, self.host.name, user, str(PORT), *files, fingerprint or "")
+
+    def fingerprint(self) -> str:
+        """Of its host key, as `ssh-keygen -l` says."""
+        command = ["ssh-keygen", "-l", "-f", str(self.folder / "host_key.pub")]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[1]
 
 
 @contextmanager

@@ -66,8 +66,9 @@ def stopped_in_the_middle(service: Service) -> tuple[str, Path, int]:
     return run_id, arriving, pid
 
 
-def test_a_deployment_by_rsync_serves_and_leaves_nothing_behind(service: Service) -> None:
-    """Bytes by SSH, authority by the signed API; a second version, and the same again without a byte."""
+def test_a_deployment_by_rsync_serves_and_leaves_nothing_behind(service: Service, ssh: SshServer) -> None:
+    """Bytes by SSH to a host with a known fingerprint, authority by the signed API; again without a byte."""
+    ssh.make_known(known_hosts="others_hosts", fingerprint=ssh.fingerprint())
     first = service.deploy("v1", BY_RSYNC)
     assert first.state == "COMPLETED", first.message
     assert service.answer() == "Hello from Gantry, version v1"

@@ -6,6 +6,8 @@ import asyncio
 import os
 import shlex
 import signal
+import subprocess
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from blocks.remote_host import RemoteHost
 from tasks import rsync
 from tasks.errors import ParametersRefused, TransferFailed
 
+FINGERPRINT = f"SHA256:{'k' * 43}"
 PLACE = "/var/lib/gantry/incoming/7a/package.tar"
 
 
@@ -54,6 +57,17 @@ def test_the_block_s_key_and_host_keys_are_the_only_ones() -> None:
     assert command[command.index("-i") + 1] == "/k/id"
     assert told["IdentitiesOnly"] == "yes"
     assert (told["UserKnownHostsFile"], told["GlobalKnownHostsFile"]) == ("/k/hosts", "/dev/null")
+
+
+def test_a_fingerprint_on_the_block_is_the_only_key_that_is_believed() -> None:
+    """ssh asks a command whether it knows the key that the host showed; no file counts beside it."""
+    told = options(rsync.ssh_command(host(ssh_host_key=FINGERPRINT, ssh_known_hosts_file=Path("/k/hosts"))))
+    assert (told["UserKnownHostsFile"], told["GlobalKnownHostsFile"]) == ("/dev/null", "/dev/null")
+    *command, f, name, kind, key = shlex.split(told["KnownHostsCommand"])
+    assert [f, name, kind, key] == ["%f", "%H", "%t", "%K"]
+    for shown, answer in ((FINGERPRINT, "10.0.0.7 ssh-ed25519 AAAA\n"), ("SHA256:other", "")):
+        asked = [*command, shown, "10.0.0.7", "ssh-ed25519", "AAAA"]
+        assert subprocess.run(asked, check=True, capture_output=True, text=True).stdout == answer
 
 
 def test_rsync_resumes_in_place_and_compares_every_block() -> None:
@@ -96,6 +110,7 @@ def test_a_program_that_is_missing_is_named_with_its_package(
     [
         ({"ssh_user": None}, "ssh_user of remote-host/10-0-0-7 is None; set ssh_user"),
         ({"ssh_user": "-oProxyCommand=x"}, "ssh_user of remote-host/10-0-0-7 is '-oProxyCommand=x'"),
+        ({"ssh_host_key": "$(reboot)"}, "ssh_host_key of remote-host/10-0-0-7 is '$(reboot)', which is no"),
         ({"ssh_key_file": Path("/nowhere/id")}, "ssh_key_file of remote-host/10-0-0-7 is '/nowhere/id'"),
         ({"ssh_known_hosts_file": Path("/nowhere/kh")}, "ssh_known_hosts_file of remote-host/10-0-0-7 is"),
     ],
@@ -189,7 +204,7 @@ async def test_no_secret_of_ours_goes_into_its_environment(monkeypatch: pytest.M
 
 
 async def test_a_cancelled_transfer_leaves_no_process(tmp_path: Path) -> None:
-    """The whole group is gone when the cancellation has been answered, ssh too."""
+    """The process is gone when the cancellation has been answered, and its children are killed with it."""
     pids = tmp_path / "pids"
     script = f"sleep 60 & echo $$ $! > {pids}.new; mv {pids}.new {pids}; printf '\\r 1   1%% x\\r'; wait"
     began = asyncio.Event()
@@ -201,7 +216,13 @@ async def test_a_cancelled_transfer_leaves_no_process(tmp_path: Path) -> None:
     shell, sleep = (int(pid) for pid in pids.read_text().split())
     with pytest.raises(ProcessLookupError):
         os.kill(shell, 0)
-    assert not _runs(sleep)
+    await asyncio.wait_for(asyncio.to_thread(_wait_for_end, sleep), 10)
+
+
+def _wait_for_end(pid: int) -> None:
+    """It was sent SIGKILL, and dies when the kernel gets to it."""
+    while _runs(pid):
+        time.sleep(0.01)
 
 
 def _runs(pid: int) -> bool:
