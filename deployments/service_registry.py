@@ -20,9 +20,10 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLi
 
 from deployments.service_files import ServiceFile
 from deployments.service_folder import FOLDER, Service, ServicesRefused, read_folder
-from deployments.setup_flows import FlowDeployment, flow_deployment, run_command
+from deployments.setup_flows import FlowDeployment, flow_deployment
 from deployments.setup_items import Change, Item, settle
 from deployments.setup_pools import CONTROL_POOL, process_pool
+from tasks.registration import run_command
 
 TAG = "gantry-service"
 _ENTRYPOINT = "flows.deploy.deploy_container"

@@ -22,12 +22,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow, load_flow_from_entrypoint
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.callables import parameter_schema
-from prefect.utilities.processutils import command_to_string
 from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
 from blocks.remote_host import RemoteHost
 from deployments.setup_items import Item, SetupRefused, item
+from tasks.registration import host_variables, run_command
 
 HOST_ENTRYPOINTS = ("flows.receive.receive_container", "flows.restore.restore_container")
 _HERE = Path(__file__).resolve()
@@ -52,11 +52,6 @@ def this_python() -> dict[str, str]:
     return {"command": run_command(sys.executable)}
 
 
-def run_command(python: str) -> str:
-    """What a worker starts a flow run with; a worker that is not told starts another process first."""
-    return command_to_string([python, "-m", "prefect.engine"])
-
-
 def project_file() -> Path:
     """`prefect.yaml`: of the checkout, or as it was installed."""
     places = (_HERE.parents[1] / "prefect.yaml", _HERE.with_name("prefect.yaml"))
@@ -77,8 +72,7 @@ def control_deployments(file: Path, working_dir: Path | None) -> list[FlowDeploy
 
 def host_deployments(host: RemoteHost) -> list[FlowDeployment]:
     """What the host's own worker runs."""
-    variables = {"command": run_command(host.worker_python)} if host.worker_python else {}
-    settings = {"job_variables": variables}
+    settings = {"job_variables": host_variables(host)}
     return [
         FlowDeployment(each, host.deployment_name, host.work_pool_name, settings) for each in HOST_ENTRYPOINTS
     ]
