@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import ssl
 import subprocess
 from datetime import UTC, datetime, timedelta
@@ -76,7 +75,7 @@ async def test_records_that_are_not_there_are_not_made(sqlite_url: str, tmp_path
     """The first deployment makes them."""
     found = await look_into_records(sqlite_url)
     assert (found.revision, found.problem) == (None, None)
-    assert os.listdir(tmp_path) == []
+    assert await asyncio.to_thread(lambda: list(tmp_path.iterdir())) == []
 
 
 async def test_records_tell_their_revision_and_what_is_open(records_url: str) -> None:
