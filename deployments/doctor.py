@@ -35,7 +35,8 @@ def _host(text: str) -> str:
     try:
         return _HOST.validate_python(text)
     except ValidationError as exc:
-        raise argparse.ArgumentTypeError(str(exc.errors(include_input=False)[0]["msg"])) from exc
+        message = str(exc.errors(include_input=False)[0]["msg"])
+        raise argparse.ArgumentTypeError(message.removeprefix("Value error, ")) from exc
 
 
 def parser() -> argparse.ArgumentParser:

@@ -30,7 +30,8 @@ _UNSEEN = "not seen: the host did not answer the signed call"
 def judge_host(found: HostFindings | HostLost) -> Diagnosis:
     """All checks of one host, in the order in which trouble is best mended."""
     if isinstance(found, HostLost):
-        mend = "see the cause, then: python -m deployments.register --host NAME --address ADDRESS"
+        register = f"python -m deployments.register --host {shlex.quote(found.name)} --address ADDRESS"
+        mend = "mend the Prefect server first, then ask again" if found.needs_prefect else register
         return Diagnosis(found.name, (failed("saved host", found.problem, mend),))
     checks = tuple(check for judge in _JUDGES for check in judge(found))
     return Diagnosis(found.name, checks)

@@ -41,7 +41,7 @@ async def examine(
     control = await examine_control()
     names, problem = await _names(hosts, control)
     found = await asyncio.gather(*(_examine(name, remote_port, ports, control) for name in names))
-    lost = (HostLost("all saved hosts", problem),) if problem else ()
+    lost = (HostLost("all saved hosts", problem, needs_prefect=True),) if problem else ()
     return Examination(control, (*lost, *found))
 
 
@@ -58,7 +58,7 @@ async def _examine(
     name: str, remote_port: int, ports: Sequence[str], control: ControlFindings
 ) -> HostFindings | HostLost:
     if control.prefect.problem:
-        return HostLost(name, "its block cannot be read without the Prefect server")
+        return HostLost(name, "its block cannot be read without the Prefect server", needs_prefect=True)
     try:
         async with asyncio.timeout(FINDING_SECONDS):
             host = await find_remote_host(name, remote_port)

@@ -147,6 +147,7 @@ class HostLost:
 
     name: str
     problem: str
+    needs_prefect: bool = False
 
 
 @dataclass(frozen=True)

@@ -363,6 +363,9 @@ def test_a_host_that_cannot_be_examined_fails_as_a_whole() -> None:
     diagnosis = judge_host(HostLost("host-x", "no key"))
     assert has_failed([diagnosis])
     assert diagnosis.checks[0].found == "no key"
+    assert "register --host host-x" in diagnosis.checks[0].mend
+    without = judge_host(HostLost("host-x", "no server", needs_prefect=True))
+    assert "mend the Prefect server" in without.checks[0].mend
 
 
 def test_diagnoses_are_shown_as_rows_as_text_and_in_a_line() -> None:
