@@ -10,6 +10,7 @@ The words are those of `deploy-container`'s parameters. Imports Prefect only whe
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 # Keys of a service file and the parameters of `deploy-container` that they give.
-PARAMETERS = {
+PARAMETERS: Mapping[str, str] = {
     "container": "container_name",
     "host": "remote_host",
     "remote_port": "remote_port",
