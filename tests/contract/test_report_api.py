@@ -130,6 +130,7 @@ async def test_our_client_reads_the_report(caller: Caller) -> None:
     async with ReceiverClient(config, transport=transport) as client:
         told = await client.report(["18997/tcp"])
         assert [(port.port, port.free) for port in told.ports] == [(18997, True)]
+        assert (await client.report()).ports == []
     elsewhere = httpx.ASGITransport(app=caller.app, client=("10.9.9.9", 50_000))
     async with ReceiverClient(config, transport=elsewhere) as client:
         with pytest.raises(ReceiverRefused) as refused:
