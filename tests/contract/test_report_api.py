@@ -45,7 +45,7 @@ async def test_a_host_tells_engine_time_and_disks(caller: Caller) -> None:
     disk = next(disk for disk in told.disks if disk.path == state_dir)
     assert 0 < disk.free_bytes <= disk.total_bytes
     assert disk.device
-    assert told.open_deployments == told.ports == []
+    assert (told.open_deployments, told.ports) == ([], [])
 
 
 async def test_no_setting_that_is_told_holds_a_secret(caller: Caller) -> None:
