@@ -277,7 +277,9 @@ class ReceiverClient:
 
     async def report(self, ports: Sequence[str] = ()) -> contract.HostReport:
         """What the host says of itself, and of the host ports that are wanted (as `8080/tcp`)."""
-        sent = self._http.build_request("GET", contract.HOST_PATH, params={"port": list(ports)})
+        # An empty query would be signed with its question mark, and arrive without it.
+        wanted = {"port": list(ports)} if ports else None
+        sent = self._http.build_request("GET", contract.HOST_PATH, params=wanted)
         return _read(contract.HostReport, await self._succeed(sent))
 
     async def restore(self, deployment_id: str) -> contract.DeploymentStatus:

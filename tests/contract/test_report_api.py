@@ -45,8 +45,7 @@ async def test_a_host_tells_engine_time_and_disks(caller: Caller) -> None:
     disk = next(disk for disk in told.disks if disk.path == state_dir)
     assert 0 < disk.free_bytes <= disk.total_bytes
     assert disk.device
-    assert told.open_deployments == []
-    assert told.ports == []
+    assert (told.open_deployments, told.ports) == ([], [])
 
 
 async def test_no_setting_that_is_told_holds_a_secret(caller: Caller) -> None:
@@ -131,6 +130,7 @@ async def test_our_client_reads_the_report(caller: Caller) -> None:
     async with ReceiverClient(config, transport=transport) as client:
         told = await client.report(["18997/tcp"])
         assert [(port.port, port.free) for port in told.ports] == [(18997, True)]
+        assert (await client.report()).ports == []
     elsewhere = httpx.ASGITransport(app=caller.app, client=("10.9.9.9", 50_000))
     async with ReceiverClient(config, transport=elsewhere) as client:
         with pytest.raises(ReceiverRefused) as refused:

@@ -45,11 +45,11 @@ def held_port(host: Host, python: str) -> Iterator[None]:
 @contextmanager
 def paused_pool(lab: Lab, pool: str) -> Iterator[None]:
     """The work pool takes no runs."""
-    prefect_api(lab, "PATCH", f"/work_pools/{pool}", {"is_paused": True})
+    in_control(lab, "-m", "prefect", "work-pool", "pause", pool)
     try:
         yield
     finally:
-        prefect_api(lab, "PATCH", f"/work_pools/{pool}", {"is_paused": False})
+        in_control(lab, "-m", "prefect", "work-pool", "resume", pool)
 
 
 def test_a_healthy_site_passes_by_command_and_by_flow(furnished: Lab) -> None:

@@ -251,7 +251,7 @@ async def test_a_host_without_a_key_is_refused(
     assert "hmac-secret/host-new" in told
 
 
-@pytest.mark.parametrize("url", [None, f"http://127.0.0.1:{free_port()}/api"])
+@pytest.mark.parametrize("url", [None, f"http://127.0.0.1:{free_port()}/api"], ids=["none", "silent"])
 async def test_a_server_that_does_not_answer_is_named_with_how_to_start_one(
     url: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
