@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
 # Keys of a service file and the parameters of `deploy-container` that they give.
-PARAMETERS = {
+PARAMETERS: dict[str, str] = {
     "container": "container_name",
     "host": "remote_host",
     "remote_port": "remote_port",

@@ -136,7 +136,7 @@ def test_the_examples_are_deployed_at_once_and_answer(furnished: Lab) -> None:
             assert furnished.control.get(f"{base}/health", timeout=5).json()["status"] == "healthy"
     finally:
         for container in host.docker().containers.list(all=True, filters={"label": LABEL_CONTAINER}):
-            if container.name.startswith("omninode-"):
+            if (container.name or "").startswith("omninode-"):
                 container.remove(force=True)
 
 
