@@ -7,8 +7,8 @@ import re
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
-from jsonschema import Draft202012Validator
 from yaml import safe_load
 
 from deployments import service_command, service_yaml
@@ -57,15 +57,15 @@ def test_editors_find_the_schema_and_it_fits(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")
     schema = json.loads((PROJECT / FOLDER / "schema.json").read_text())
-    Draft202012Validator.check_schema(schema)
-    assert not list(Draft202012Validator(schema).iter_errors(safe_load(text)))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert not list(jsonschema.Draft202012Validator(schema).iter_errors(safe_load(text)))
 
 
 @pytest.mark.parametrize("text", ["image: {}", "{host: a, hosts: [b]}", "{host: a, hots: b}"])
 def test_the_schema_refuses_what_the_model_refuses(text: str) -> None:
     """No host, two kinds of host, a misspelt key."""
     schema = json.loads((PROJECT / FOLDER / "schema.json").read_text())
-    assert list(Draft202012Validator(schema).iter_errors(safe_load(text)))
+    assert list(jsonschema.Draft202012Validator(schema).iter_errors(safe_load(text)))
 
 
 def test_the_examples_of_the_specification_are_there() -> None:
