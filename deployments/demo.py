@@ -49,22 +49,20 @@ def prepare() -> Stage:
             end(stage)
         stage = start(say)
     if not REGISTERED.exists():
-        register_all(stage)
+        set_up(stage)
         REGISTERED.touch()
     return stage
 
 
-def register_all(stage: Stage) -> None:
-    """Blocks, work pools and Prefect deployments; ends when one of them cannot be registered."""
-    say("registering blocks, work pools and Prefect deployments")
-    # With --control the pool is there before `prefect deploy`, however long its worker takes to start.
-    register = [sys.executable, "-m", "deployments.register", "--control", "--host", HOST]
-    register += ["--address", stage.host_address, "--port", str(stage.receiver_port)]
-    if broker := os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
-        register += ["--broker", broker]
-    subprocess.run(register, env=stage.full_environment(PROJECT), cwd=PROJECT, check=True)
-    if prefect(stage, "deploy", "--all") != 0:
-        raise SystemExit("prefect deploy --all failed; its output above says why")
+def set_up(stage: Stage) -> None:
+    """Blocks, work pools, Prefect deployments and automations; ends when one of them cannot be made."""
+    say("setting the Prefect server up: blocks, work pools, Prefect deployments, automations")
+    host = f"{HOST}={stage.host_address}:{stage.receiver_port}"
+    command = [sys.executable, "-m", "deployments.setup", "--host", host, "--worker-python", sys.executable]
+    # What the user's own set-up is told of has no place in the demo.
+    others = dict.fromkeys(("GANTRY_HOSTS", "GANTRY_NOTIFICATION_BLOCK", "DATABASE_URL"), "")
+    environment = {**stage.full_environment(PROJECT), **others}
+    subprocess.run(command, env=environment, cwd=PROJECT, check=True)
 
 
 def run_deployment(stage: Stage, name: str) -> tuple[int, float]:

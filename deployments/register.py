@@ -1,9 +1,9 @@
-"""Make a host, or the control side, known to a Prefect server: block, work pool, Prefect deployments.
+"""Make one host, the broker or the control side known to a Prefect server: a part of `deployments.setup`.
 
     python -m deployments.register --host host-b --address 10.0.0.7
     python -m deployments.register --control
 
-Idempotent; run again it updates. Service definitions are in `prefect.yaml`: `prefect deploy --all`.
+Idempotent; run again it updates. `python -m deployments.setup` does all of it at once.
 """
 
 from __future__ import annotations
@@ -11,119 +11,40 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
-from prefect.events.schemas.events import ResourceSpecification
-from prefect.flows import Flow
 from pydantic import ValidationError
 
-from blocks.event_broker import EventBroker
-from blocks.hmac_secret import HmacKeyMissing, HmacSecret
-from blocks.remote_host import RemoteHost
+from blocks.hmac_secret import HmacKeyMissing
+from deployments import setup, setup_automations, setup_blocks, setup_pools
+from deployments.service_folder import ServicesRefused
+from deployments.setup_hosts import HostAddress, host_name
+from deployments.setup_items import SetupRefused, settle
 from receiver.contract import DEFAULT_PORT
-from tasks import registration
-from tasks.active import SLOTS
-from tasks.registration import ensure_work_pool
-
-CONTROL_POOL = "control"
-# As prefect.yaml has it: a run that died is looked after at once, and everything within a minute.
-_RECONCILE_WHEN = {
-    "interval": 45,
-    "concurrency_limit": ConcurrencyLimitConfig(
-        limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
-    ),
-    "triggers": [
-        DeploymentEventTrigger(
-            name="gantry-reconcile-after-a-run-died",
-            expect={"prefect.flow-run.Crashed", "prefect.flow-run.Cancelled"},
-            match_related=ResourceSpecification(
-                {
-                    "prefect.resource.name": ["deploy-container", "rollback-container"],
-                    "prefect.resource.role": "flow",
-                }
-            ),
-        )
-    ],
-}
-
-
-class SettingRefused(Exception):
-    """A setting of the control host is wrong"""
-
-
-async def register_flow(
-    flow: Flow[Any, Any], name: str, pool: str, working_dir: Path | None, **when: Any
-) -> None:
-    """Make or update the Prefect deployment `<flow>/<name>`, and say so; `when` says what starts it."""
-    print(
-        f"deployment {await registration.register_flow(flow, name, pool, working_dir, **when)} in pool {pool}"
-    )
 
 
 async def register_control(working_dir: Path | None = None) -> None:
-    """The control side's work pool and its general Prefect deployments."""
-    from flows.deploy import deploy_container
-    from flows.reconcile import reconcile
-    from flows.rollback import rollback_container
-    from flows.versions import list_versions
-
-    await ensure_work_pool(CONTROL_POOL)
-    await limit_deployments(max_concurrent_deployments())
-    await register_flow(reconcile, "default", CONTROL_POOL, working_dir, **_RECONCILE_WHEN)
-    await register_flow(deploy_container, "default", CONTROL_POOL, working_dir)
-    await register_flow(rollback_container, "default", CONTROL_POOL, working_dir)
-    await register_flow(list_versions, "default", CONTROL_POOL, working_dir)
-
-
-def max_concurrent_deployments(environ: Mapping[str, str] = os.environ) -> int:
-    """`MAX_CONCURRENT_DEPLOYMENTS`, by default 5; raises `SettingRefused`."""
-    told = environ.get("MAX_CONCURRENT_DEPLOYMENTS", "").strip() or "5"
-    if not re.fullmatch(r"[1-9][0-9]{0,3}", told):
-        raise SettingRefused(f"MAX_CONCURRENT_DEPLOYMENTS={told!r}: give a whole number from 1 to 9999")
-    return int(told)
+    """The control side's work pool, limit, Prefect deployments, and the automations that need no block."""
+    items = [*await setup.control_items(working_dir), *await setup_automations.automations(None)]
+    await settle(items, print, plan=False)
 
 
 async def limit_deployments(limit: int) -> None:
     """The concurrency limit that every deployment takes a slot of."""
-    async with get_client() as client:
-        await client.upsert_global_concurrency_limit_by_name(SLOTS, limit)
-    print(f"concurrency limit {SLOTS}: {limit}")
+    await settle([await setup_pools.deployment_limit(limit)], print, plan=False)
 
 
 async def register_broker(servers: str) -> None:
     """Block `event-broker/default`: from now on every deployment publishes its events there."""
-    await EventBroker(bootstrap_servers=servers).save("default", overwrite=True)
-    print(f"block event-broker/default: {servers}")
+    await settle([await setup_blocks.broker_block(servers)], print, plan=False)
 
 
-async def register_host(name: str, address: str, port: int, *, tls: bool) -> None:
+async def register_host(name: str, address: str, port: int, *, tls: bool, python: str | None = None) -> None:
     """Block `remote-host/<name>`, the host's work pool, and its two Prefect deployments."""
-    from flows.receive import receive_container
-    from flows.restore import restore_container
-
-    secret = HmacSecret.from_environment()
-    host = await registration.save_host(name, RemoteHost(address=address, port=port, tls=tls), secret)
-    print(f"block remote-host/{name}: {host.base_url}")
-    await ensure_work_pool(host.work_pool_name)
-    for flow in (receive_container, restore_container):
-        await register_flow(flow, host.deployment_name, host.work_pool_name, None)
-
-
-def host_name(text: str) -> str:
-    """A name that Prefect takes for a block, a work pool and a Prefect deployment."""
-    if not re.fullmatch(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: use lower-case letters, digits and '-', such as 'host-b'; "
-            "the host's real name or address goes into --address"
-        )
-    return text
+    items = await setup.hosts_items([HostAddress(name, address, port, tls, python)])
+    await settle(items, print, plan=False)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -142,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--broker", metavar="SERVERS", help="save the block event-broker/default")
     parser.add_argument("--tls", action="store_true", help="the receiver speaks HTTPS")
     parser.add_argument(
+        "--worker-python",
+        metavar="PATH",
+        help="the host's worker runs with it: its runs start a second sooner",
+    )
+    parser.add_argument(
         "--working-dir", type=Path, default=Path.cwd(), help="folder that relative build contexts start from"
     )
     return parser
@@ -155,16 +81,17 @@ async def main(arguments: Sequence[str]) -> int:
     if options.host and not options.address:
         parser().error("--host needs --address")
     try:
+        await setup.check_server()
         if options.control:
             await register_control(options.working_dir)
         if options.broker:
             await register_broker(options.broker)
         if options.host:
-            await register_host(options.host, options.address, options.port, tls=options.tls)
-    except (HmacKeyMissing, SettingRefused) as exc:
-        parser().error(str(exc))
-    except ValidationError as exc:
-        parser().error("; ".join(str(error["msg"]) for error in exc.errors(include_input=False)))
+            await register_host(
+                options.host, options.address, options.port, tls=options.tls, python=options.worker_python
+            )
+    except (HmacKeyMissing, SetupRefused, ServicesRefused, ValidationError) as exc:
+        parser().error(setup.explain(exc))
     return 0
 
 

@@ -302,7 +302,7 @@ async def register_host(
     pool = registration.pool_of(name, saved)
     await registration.ensure_work_pool(pool)
     for flow in flows:
-        await registration.register_flow(flow, name, pool, None)
+        await registration.register_flow(flow, name, pool, registration.host_variables(saved))
 
 
 @operation("forget_host", policy=_QUICK)

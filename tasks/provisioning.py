@@ -153,6 +153,7 @@ def host_block(asked: ProvisionParameters, saved: RemoteHost | None) -> RemoteHo
         "ssh_port": asked.ssh_port,
         "ssh_key_file": asked.key_file,
         "ssh_host_key": asked.host_key,
+        "worker_python": asked.layout.python,
     }
     return saved.model_copy(update=told) if saved else RemoteHost.model_validate(told)
 

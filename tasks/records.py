@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from receiver.contract import DEFAULT_PORT, ErrorCode, OperationResult, QualityGate, Stage
 from tasks import migrations
 from tasks.errors import GantryError
-from tasks.events import EventType, clean_text, events_for, jsonable, redact
+from tasks.events import Event, EventType, clean_text, events_for, jsonable, redact
 from tasks.schema import OUTBOX, STAGES, TRANSITION_ROWS, WORKFLOWS, WRITES, make_engine, parse_url
 from tasks.states import (
     TERMINAL,
@@ -211,8 +211,8 @@ class Records:
         facts: Facts = Facts(),  # noqa: B008 - frozen
         *,
         at: datetime | None = None,
-    ) -> None:
-        """Change the state, in one transaction with its facts, history and events.
+    ) -> list[Event]:
+        """Change the state, in one transaction with its facts, history and events; returns the events.
 
         Raises `TransitionRefused` (not in the table), `StateConflict` (`actual` names where the workflow
         stands; a repeated call finds it in `to_state`) or `WorkflowUnknown`; then nothing was written.
@@ -221,8 +221,9 @@ class Records:
         now = at or datetime.now(UTC)
         async with self._writer.begin() as connection:
             before = await _locked(connection, workflow_id)
-            await _change(connection, before, from_state, to_state, facts, now)
+            events = await _change(connection, before, from_state, to_state, facts, now)
             await connection.execute(_history(workflow_id, from_state, to_state, facts, now))
+        return events
 
     async def note(self, workflow_id: str, facts: Facts, *, at: datetime | None = None) -> None:
         """Record facts without a change of state, in one transaction with their events.
@@ -285,6 +286,12 @@ class Records:
             query = query.where(WORKFLOWS.c.current_state.in_(sorted(UNENDED)))
         return [_record_of(row, "") for row in await self._rows(query)]
 
+    async def of_deployments(self, deployment_ids: Iterable[str]) -> dict[str, WorkflowRecord]:
+        """Workflows by the host's deployment id; those that are not recorded are left out."""
+        query = select(WORKFLOWS).where(WORKFLOWS.c.deployment_id.in_(list(deployment_ids)))
+        found = [_record_of(row, "") for row in await self._rows(query)]
+        return {record.deployment_id: record for record in found if record.deployment_id}
+
     async def unsent(self, limit: int) -> list[OutboxRow]:
         """Events not sent yet, oldest first; the events of one workflow come in their order."""
         query = select(OUTBOX).where(OUTBOX.c.sent_at.is_(None)).order_by(OUTBOX.c.id).limit(limit)
@@ -343,7 +350,7 @@ async def _change(
     to_state: WorkflowState,
     facts: Facts,
     at: datetime,
-) -> None:
+) -> list[Event]:
     """Compare-and-set the workflow's row, then write the stage and the events."""
     events = events_for(before, from_state, to_state, facts, at=at, new_id=lambda: str(uuid4()))
     after = _row_of(fold(before, to_state, facts, at)) | {
@@ -364,6 +371,7 @@ async def _change(
             for e in events
         ]
         await connection.execute(insert(OUTBOX), rows)
+    return events
 
 
 def _history(

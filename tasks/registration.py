@@ -5,7 +5,6 @@ Knows flows only as they are handed in: tasks do not import flows.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -14,6 +13,7 @@ from prefect.client.schemas.objects import WorkerStatus, WorkPool
 from prefect.exceptions import ObjectNotFound
 from prefect.flows import Flow
 from prefect.types.entrypoint import EntrypointType
+from prefect.utilities.processutils import command_to_string
 
 from blocks.hmac_secret import HmacSecret
 from blocks.remote_host import POOL_PREFIX, RemoteHost
@@ -35,18 +35,22 @@ async def ensure_work_pool(name: str) -> WorkPool:
             return await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
-async def register_flow(
-    flow: Flow[Any, Any], name: str, pool: str, working_dir: Path | None, **when: Any
-) -> str:
-    """Make or update the Prefect deployment, by module path; `when` says what starts it. Returns its name."""
+def run_command(python: str) -> str:
+    """What a worker starts a flow run with; a worker that is not told starts another process first."""
+    return command_to_string([python, "-m", "prefect.engine"])
+
+
+def host_variables(host: RemoteHost) -> dict[str, str]:
+    """Job variables of what the host's worker runs."""
+    return {"command": run_command(host.worker_python)} if host.worker_python else {}
+
+
+async def register_flow(flow: Flow[Any, Any], name: str, pool: str, variables: dict[str, str]) -> None:
+    """Make or update the Prefect deployment `<flow>/<name>`, by module path."""
     deployment = await flow.ato_deployment(
-        name=name,
-        entrypoint_type=EntrypointType.MODULE_PATH,
-        job_variables={"working_dir": str(working_dir)} if working_dir else {},
-        **when,
+        name=name, entrypoint_type=EntrypointType.MODULE_PATH, job_variables=variables
     )
     await deployment.aapply(work_pool_name=pool)
-    return f"{flow.name}/{name}"
 
 
 async def save_host(name: str, host: RemoteHost, secret: HmacSecret) -> RemoteHost:

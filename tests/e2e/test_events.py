@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from deployments import lab_kafka
 from deployments.lab import Lab
-from tests.e2e.deploying import Service, events_of, in_control, query, wait_for
+from tests.e2e.deploying import Service, events_of, in_control, prefect_api, query, wait_for
 from tests.services import require_service
 
 BROKER = """
@@ -98,3 +99,23 @@ def test_a_broker_that_is_away_costs_a_deployment_nothing_but_its_events_wait(se
         done.run_id,
     )
     assert len(waiting) == len(events_of(service.lab, done.run_id)) > 0
+
+
+def test_a_deployment_is_told_to_prefect_with_the_pool_of_its_host(service: Service) -> None:
+    """Each change of state, in order; the host's pool stands before the run's own."""
+    done = service.deploy("v1")
+    assert done.state == "COMPLETED", done.message
+    names = ["started", *["stage-completed"] * 4, "completed"]
+    wanted = {"event": {"prefix": ["gantry."]}, "related": {"id": [f"gantry.workflow.{done.run_id}"]}}
+    body = {"filter": {**wanted, "order": "ASC"}, "limit": 50}
+
+    def heard() -> list[dict[str, Any]] | None:
+        events: list[dict[str, Any]] = prefect_api(service.lab, "POST", "/events/filter", body)["events"]
+        return events if len(events) == len(names) else None
+
+    events = wait_for(heard, "all events", seconds=20)
+    assert [event["event"].removeprefix("gantry.deployment.") for event in events] == names
+    related = events[-1]["related"]
+    pools = [one["prefect.resource.name"] for one in related if one["prefect.resource.role"] == "work-pool"]
+    assert pools == [service.host.pool, "control"]
+    assert f"prefect.flow-run.{done.run_id}" in [one["prefect.resource.id"] for one in related]

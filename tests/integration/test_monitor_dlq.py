@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]  # it ships no types
-from prefect.blocks.notifications import CustomWebhookNotificationBlock, MattermostWebhook
+from prefect.blocks.notifications import MattermostWebhook
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
@@ -41,6 +38,7 @@ from tests.integration.kafka import (
     tell,
     until,
 )
+from tests.webhook import HOOK, Webhook, listening
 
 # The specification's DLQ monitor, as it stands there.
 DLQ_MONITOR = '''
@@ -82,20 +80,7 @@ async def monitor_deployment_dlq():
         await consumer.stop()
 '''
 pytest_plugins = ("tests.integration.kafka_fixtures",)
-HOOK = "custom-webhook/ops"
 IDLE_SECONDS = 0.6
-
-
-@dataclass
-class Webhook:
-    """What people's notification service was sent; `answers` are its next status codes."""
-
-    port: int
-    received: list[dict[str, Any]] = field(default_factory=list)
-    answers: list[int] = field(default_factory=list)
-
-    def subjects(self) -> list[str]:
-        return [message["subject"] for message in self.received]
 
 
 @pytest.fixture(scope="module")
@@ -110,28 +95,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def webhook(prefect_server: None) -> Iterator[Webhook]:
     """A listening service, and the block `custom-webhook/ops` that leads to it."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            hook.received.append(json.loads(body))
-            self.send_response(hook.answers.pop(0) if hook.answers else 200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            """Not to the terminal."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hook = Webhook(server.server_port)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        block = CustomWebhookNotificationBlock(
-            name="ops",
-            url=f"http://127.0.0.1:{hook.port}/",
-            json_data={"subject": "{{subject}}", "body": "{{body}}"},
-        )
-        block.save("ops", overwrite=True, _sync=True)  # type: ignore[call-arg]  # of Prefect's dispatch
+    with listening() as hook:
         yield hook
-        server.shutdown()
 
 
 @pytest.fixture
