@@ -26,6 +26,7 @@ class Control(Node):
         self.listen_address = "0.0.0.0" if self.namespace else self.address  # noqa: S104 - in a namespace
         own_address = "127.0.0.1" if self.namespace else self.address
         self.environment |= lab_prefect.settings(f"http://{own_address}:{port}/api", self.folder / "prefect")
+        self.environment |= self.site.environment
         self.environment["GANTRY_HOME"] = str(self.disk)
 
     @property
@@ -76,6 +77,7 @@ class Host(Node):
     def configure(self, api_url: str, control_address: str) -> None:
         """Settle the environment of receiver and worker."""
         self.environment |= lab_prefect.settings(api_url, self.folder / "prefect")
+        self.environment |= self.site.environment
         self.environment |= {
             "HOOK_RECEIVER_HOST": "0.0.0.0",  # noqa: S104 - in a namespace of its own
             "HOOK_RECEIVER_PORT": str(RECEIVER_PORT),

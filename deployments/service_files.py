@@ -23,6 +23,7 @@ from receiver.contract import (
     HealthCheckConfig,
     ImageTag,
     Port,
+    Transport,
     WireModel,
 )
 from tasks.parameters import BuildOptions, RemoteHostName, StageTimeoutMs, WaitSeconds
@@ -41,6 +42,7 @@ PARAMETERS: Mapping[str, str] = {
     "rollback_on_failure": "rollback_on_failure",
     "timeout_ms": "deployment_timeout_ms",
     "wait_seconds": "wait_seconds",
+    "transport": "transport",
 }
 _EXAMPLES: dict[str | int, str] = {"cron": "0 4 * * 1-5", "timezone": "Europe/Berlin"}
 # Intervals count from here and not from the registration, which would put off the next run each time.
@@ -128,6 +130,7 @@ class ServiceFile(WireModel):
         default=None, description="Time for each stage; default: DEPLOYMENT_TIMEOUT_MS of the control host."
     )
     wait_seconds: WaitSeconds = 0
+    transport: Transport = Field(default=Transport.HTTP, description="How the package travels.")
     schedule: ServiceSchedule | None = None
     concurrency: ServiceConcurrency | None = None
     tags: list[Annotated[str, Field(min_length=1)]] = Field(

@@ -35,7 +35,7 @@ from receiver.contract import DeploymentStatus, HostState, Stage
 from tasks.errors import DeploymentFailed, DeploymentLost, RetryPolicy, StageTimeout
 from tasks.policies import operation
 
-POLL_SECONDS = 0.3
+POLL_SECONDS = 0.15
 RUN_POLL_SECONDS = 2.0
 START_DEADLINE_SECONDS = 90.0
 DEAD_AFTER_SECONDS = 10.0

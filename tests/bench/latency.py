@@ -22,6 +22,7 @@ from tests.readme import PROJECT
 
 HOSTS = ("host-a", "host-b")
 POSTGRESQL_PORT = 5433
+POLLING = {"PREFECT_WORKER_QUERY_SECONDS": "0.5"}
 PHASES = (
     "the command, until its run is there",
     "worker of `control` and start of the flow",
@@ -46,7 +47,7 @@ class Trial:
 
 def measure(runs: int) -> dict[str, list[Trial]]:
     """Deploy `runs` times in labs of their own, the Prefect server on SQLite and on PostgreSQL."""
-    with Lab(HOSTS) as lab:
+    with Lab(HOSTS, environment=POLLING) as lab:
         on_sqlite = _trials(lab, runs)
     with _lab_on_postgresql() as lab:
         return {"SQLite": on_sqlite, "PostgreSQL": _trials(lab, runs)}
@@ -57,7 +58,9 @@ def _lab_on_postgresql() -> Iterator[Lab]:
     cluster = Cluster.make(POSTGRESQL_PORT, durable=True)
     url = f"{cluster.url.replace('postgresql', 'postgresql+asyncpg', 1)}/postgres"
     try:
-        with Lab(HOSTS, prefect=False, environment={"PREFECT_SERVER_DATABASE_CONNECTION_URL": url}) as lab:
+        with Lab(
+            HOSTS, prefect=False, environment={**POLLING, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
+        ) as lab:
             database = lab.control.spawn("postgresql", *cluster.command, cwd=cluster.folder)
             cluster.wait(lambda: database.alive, database.log)
             lab.start_server()

@@ -50,7 +50,7 @@ class SshHost:
     @property
     def folder(self) -> Path:
         """Keys and configuration of the SSH server."""
-        return self.host.folder / "ssh"
+        return self.host.folder / "provisioning-ssh"
 
     @property
     def prefix(self) -> Path:

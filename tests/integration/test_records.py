@@ -197,7 +197,7 @@ async def test_of_two_writers_exactly_one_moves_the_workflow(records_url: str) -
                 other.advance(workflow_id, S.VALIDATING, S.ROLLING_BACK),
                 return_exceptions=True,
             )
-            (conflict,) = [outcome for outcome in outcomes if outcome is not None]
+            (conflict,) = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
             assert isinstance(conflict, StateConflict)
             record = await one.get(workflow_id)
             assert conflict.actual is record.current_state

@@ -16,6 +16,7 @@ from tasks.prefect_events import NAMES, ROLLBACK_FAILED
 from tasks.provisioning import ProvisionParameters
 from tasks.states import TRIGGERS, WorkflowState
 from tests import readme
+from tests.bench import __main__ as bench
 from tests.faults import __main__ as faults
 
 PROJECT = readme.PROJECT
@@ -109,6 +110,12 @@ def test_every_link_into_the_repository_leads_somewhere() -> None:
 def test_the_summary_of_the_faults_is_that_of_their_results() -> None:
     """As `python -m tests.faults readme` writes it."""
     assert readme.marked(faults.README_PART, faults.summary(faults.RESULTS)) in README
+
+
+def test_the_measurements_are_those_that_are_kept() -> None:
+    """As `python -m tests.bench readme` writes them."""
+    for name in bench.MEASUREMENTS:
+        assert readme.marked(f"bench {name}", bench.kept(name)) in README
 
 
 def test_the_service_file_of_the_readme_is_right() -> None:
