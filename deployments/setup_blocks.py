@@ -26,7 +26,8 @@ OURS = (EventBroker, HmacSecret, RecordsDatabase, RemoteHost)
 
 async def block_types() -> list[Item]:
     """Our block types, and prefect-docker's `DockerHost` for the engine that builds."""
-    from prefect_docker.host import DockerHost  # slow to import, and nothing else needs it
+    # Imported here: it is slow, and nothing else needs it.
+    from prefect_docker.host import DockerHost  # type: ignore[import-untyped]  # it ships no types
 
     return [await _block_type(kind) for kind in (*OURS, DockerHost)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -12,11 +13,12 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 import pytest
-from prefect import flow
+from prefect import State, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
-from prefect.states import Cancelled, Crashed, State
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Cancelled, Crashed
 
 from deployments import setup
 from receiver.contract import Stage
@@ -204,7 +206,7 @@ async def test_events_of_a_run_that_ends_at_once_are_sent_before_its_process_end
         "print(asyncio.run(deploying(*sys.argv[1:])))"
     )
     arguments = [sys.executable, "-c", code, sqlite_url, "quick", "host-quick", "early"]
-    environment = {**setup.os.environ, "PREFECT_API_URL": setup.PREFECT_API_URL.value()}
+    environment = {**os.environ, "PREFECT_API_URL": str(PREFECT_API_URL.value())}
     done = await asyncio.to_thread(
         subprocess.run, arguments, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60
     )
