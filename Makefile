@@ -1,6 +1,6 @@
 # Everything a developer or a newcomer types. `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-broken demo-stop test faults test-unit lint format services clean
+.PHONY: help demo demo-broken demo-stop check-services test faults bench test-unit lint format services clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export DO_NOT_TRACK := 1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: services-for-demo $(VENV)/.control ## Deploy a real container to a second host and print its URL
 	@$(BIN)/python -m deployments.demo up
@@ -22,12 +22,18 @@ demo-stop: $(VENV)/.control ## Take the demo away, with everything it made
 	@$(BIN)/python -m deployments.demo stop
 	@deployments/install_services.sh --stop-docker
 
+check-services: $(VENV)/.control ## Name file, line and field of every mistake in deployments/services
+	@$(BIN)/python -m deployments.service_files check
+
 test: services-for-test $(VENV)/.dev ## Lint, type-check and run all tests on real services
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest --numprocesses 2 --no-loadscope-reorder $(PYTEST_ARGS)
 
 faults: services-for-test $(VENV)/.dev ## Strike running deployments with faults and check what serves; hours, resumable
 	$(BIN)/python -m tests.faults run $(ARGS)
+
+bench: services-for-test $(VENV)/.dev ## Measure on hosts of its own and print the tables; half an hour
+	$(BIN)/python -m tests.bench run $(ARGS)
 
 test-unit: $(VENV)/.dev ## Run the tests that need no service
 	$(BIN)/python -m pytest tests/unit tests/contract tests/test_architecture.py
@@ -41,7 +47,7 @@ format: $(VENV)/.dev ## Format the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-services: services-for-test ## Install what the tests need: Docker Engine, PostgreSQL, Kafka, Prometheus
+services: services-for-test ## Install what the tests need: Docker Engine, PostgreSQL, Kafka, Prometheus, Chromium
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
@@ -68,6 +68,7 @@ class Refusal:
     next_step: str
     error_code: contract.ErrorCode | None = None
     retry_after_seconds: float = 0.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ReceiverRefused(ReceiverError):
@@ -274,6 +275,13 @@ class ReceiverClient:
         sent = self._json_request(path, request, {contract.IDEMPOTENCY_HEADER: idempotency_key})
         return _read(contract.DeployAccepted, await self._succeed(sent))
 
+    async def report(self, ports: Sequence[str] = ()) -> contract.HostReport:
+        """What the host says of itself, and of the host ports that are wanted (as `8080/tcp`)."""
+        # An empty query would be signed with its question mark, and arrive without it.
+        wanted = {"port": list(ports)} if ports else None
+        sent = self._http.build_request("GET", contract.HOST_PATH, params=wanted)
+        return _read(contract.HostReport, await self._succeed(sent))
+
     async def restore(self, deployment_id: str) -> contract.DeploymentStatus:
         """Bring the previous container back, and give the status after it."""
         return await self._operate(deployment_id, "restore")
@@ -281,6 +289,10 @@ class ReceiverClient:
     async def abort(self, deployment_id: str) -> contract.DeploymentStatus:
         """Give the deployment up before it touched anything, and give the status after it."""
         return await self._operate(deployment_id, "abort")
+
+    async def collect(self, deployment_id: str) -> contract.DeploymentStatus:
+        """Have the host take over and verify what rsync brought; the same call again changes nothing."""
+        return await self._operate(deployment_id, "collect")
 
     async def upload(
         self,
@@ -423,6 +435,7 @@ def _refusal(response: httpx.Response) -> Refusal:
         detail=told.detail,
         next_step=told.next_step,
         error_code=told.error_code,
+        extra=told.extra,
     )
 
 

@@ -56,6 +56,10 @@ class RemoteHost(Block):
     work_pool: str | None = Field(
         default=None, description="Work pool of the host; without one, 'host-' and the name of the block."
     )
+    worker_python: str | None = Field(
+        default=None,
+        description="Python that the host's worker runs with: told so, its runs start a second sooner.",
+    )
     hmac_secret: HmacSecret | None = Field(
         default=None, description="Keys that sign requests; without them, HMAC_SECRET_KEY."
     )
@@ -66,10 +70,19 @@ class RemoteHost(Block):
     tls_verify: bool = Field(
         default=True, description="Whether the certificate is checked; turn off for a first try only."
     )
-    ssh_user: str | None = Field(default=None, description="User for setting the host up over SSH.")
+    ssh_user: str | None = Field(
+        default=None, description="User for setting the host up, and for rsync, over SSH."
+    )
     ssh_port: PortNumber = Field(default=22, description="Port of the host's SSH server.")
     ssh_key_file: Path | None = Field(
         default=None, description="Private key for SSH; without a file, the agent's keys."
+    )
+    ssh_host_key: str | None = Field(
+        default=None, description="Fingerprint of the host's SSH key; without one, the known hosts count."
+    )
+    ssh_known_hosts_file: Path | None = Field(
+        default=None,
+        description="Host keys to accept for rsync; without a file, those that ssh knows itself.",
     )
 
     @field_validator("address")
@@ -157,7 +170,7 @@ async def saved_remote_hosts() -> list[RemoteHost]:
 
 
 async def saved_host_names() -> list[str]:
-    """Names of the hosts that are saved as blocks; none where no host was ever saved."""
+    """Names of the hosts that are saved as blocks, sorted; none where no host was ever saved."""
     slug = RemoteHost.get_block_type_slug()
     async with get_client() as client:
         try:

@@ -58,7 +58,7 @@ def set_up(stage: Stage) -> None:
     """Blocks, work pools, Prefect deployments and automations; ends when one of them cannot be made."""
     say("setting the Prefect server up: blocks, work pools, Prefect deployments, automations")
     host = f"{HOST}={stage.host_address}:{stage.receiver_port}"
-    command = [sys.executable, "-m", "deployments.setup", "--host", host]
+    command = [sys.executable, "-m", "deployments.setup", "--host", host, "--worker-python", sys.executable]
     # What the user's own set-up is told of has no place in the demo.
     others = dict.fromkeys(("GANTRY_HOSTS", "GANTRY_NOTIFICATION_BLOCK", "DATABASE_URL"), "")
     environment = {**stage.full_environment(PROJECT), **others}

@@ -75,7 +75,7 @@ class Stage:
         return {**os.environ, **self.environment, "PWD": str(project)}
 
     def parameters(self) -> list[str]:
-        """What differs from `prefect.yaml` here: only a port that is taken on this machine."""
+        """What differs from the service files here: only a port that is taken on this machine."""
         if self.service_port == SERVICE_PORT and self.receiver_port == 8001:
             return []
         ports = {"port_mappings": [{"host_port": self.service_port, "container_port": SERVICE_PORT}]}

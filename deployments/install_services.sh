@@ -1,11 +1,11 @@
 #!/bin/sh
 # Installs what the lab, the demo and the tests need on Debian or Ubuntu: Docker Engine, network tools,
-# PostgreSQL, Java and Maven (for Kafka), Prometheus. Says what it will do before it does it, and does
-# nothing that is not needed; run it again at will.
+# PostgreSQL, Java and Maven (for Kafka), Prometheus, Chromium, an SSH server and rsync. Says what it will do
+# before it does it, and does nothing that is not needed; run it again at will.
 #
 #   deployments/install_services.sh [--for demo|test] [--start-docker | --stop-docker]
 #
-# --for demo      leave out what only the tests need (PostgreSQL, Java, Maven, Prometheus).
+# --for demo      leave out what only the tests need (PostgreSQL, Java, Maven, Prometheus, Chromium, SSH, rsync).
 # --start-docker  also start the Docker Engine when none answers.
 # --stop-docker   only stop the Docker Engine that --start-docker started itself.
 set -eu
@@ -27,13 +27,19 @@ has_venv() { python3 -c 'import ensurepip, venv' >/dev/null 2>&1; }
 
 engine_answers() { docker info >/dev/null 2>&1; }
 
-# PostgreSQL; Java and Maven for a real Kafka; Prometheus with promtool; clocks that are off.
+# Ubuntu has Chromium as a snap only, which no namespace can start: there the test of the UI is skipped.
+has_browser() { { has chromium && has chromedriver; } || grep -q '^ID=ubuntu' /etc/os-release; }
+
+# PostgreSQL; Java and Maven for a real Kafka; Prometheus with promtool; clocks that are off; Chromium; rsync over SSH.
 missing_for_tests() {
     has_postgresql || echo postgresql
     has java || echo default-jre-headless
     has mvn || echo maven
     { has prometheus && has promtool; } || echo prometheus
     ls /usr/lib/*/faketime/libfaketimeMT.so.1 >/dev/null 2>&1 || echo libfaketime
+    has_browser || echo chromium chromium-driver
+    has sshd || echo openssh-server
+    { has rsync && has ssh; } || echo rsync openssh-client
 }
 
 missing_packages() {

@@ -14,6 +14,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from prefect.client.orchestration import get_client
@@ -22,6 +23,8 @@ from pydantic import ValidationError
 
 from blocks.hmac_secret import HmacKeyMissing
 from deployments import setup_automations, setup_blocks, setup_flows, setup_pools
+from deployments.service_folder import FOLDER, ServicesRefused
+from deployments.service_registry import service_items
 from deployments.setup_hosts import HOSTS_VARIABLE, HostAddress, host_address, host_name, told_hosts
 from deployments.setup_items import Item, SetupRefused, settle
 
@@ -54,6 +57,11 @@ def parser() -> argparse.ArgumentParser:
         help="a host to deploy to; https:// before the address when its receiver speaks TLS",
     )
     parser.add_argument(
+        "--worker-python",
+        metavar="PATH",
+        help="what the workers of the named hosts run with: their runs start a second sooner",
+    )
+    parser.add_argument(
         "--notify",
         metavar="TYPE/NAME",
         default=os.environ.get(setup_automations.BLOCK_VARIABLE, "").strip() or None,
@@ -70,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
 
 async def wanted_items(options: argparse.Namespace) -> list[Item]:
     """Everything that set-up sees to, in the order in which it is made; changes nothing."""
-    told = told_hosts(options.host, os.environ)
+    told = [
+        replace(host, worker_python=options.worker_python) for host in told_hosts(options.host, os.environ)
+    ]
     return [
         *await setup_blocks.block_types(),
         *await setup_blocks.environment_blocks(),
@@ -81,13 +91,14 @@ async def wanted_items(options: argparse.Namespace) -> list[Item]:
 
 
 async def control_items(working_dir: Path | None, docker_pool: str | None = None) -> list[Item]:
-    """The control side: work pools, concurrency limit, the Prefect deployments of `prefect.yaml`."""
+    """The control side: work pools, limit, the Prefect deployments of `prefect.yaml` and of the services."""
     file = setup_flows.project_file()
     return [
         await setup_pools.process_pool(setup_pools.CONTROL_POOL),
         *([await setup_pools.docker_pool(docker_pool)] if docker_pool else []),
         await setup_pools.deployment_limit(setup_pools.max_concurrent_deployments()),
         *await _flow_items(setup_flows.control_deployments(file, working_dir)),
+        *(await service_items(FOLDER, working_dir or Path.cwd()) if FOLDER.is_dir() else []),
     ]
 
 
@@ -131,7 +142,13 @@ async def main(arguments: Sequence[str]) -> int:
     try:
         await check_server()
         await settle(await wanted_items(options), print, plan=options.plan)
-    except (SetupRefused, HmacKeyMissing, ValidationError, argparse.ArgumentTypeError) as exc:
+    except (
+        SetupRefused,
+        ServicesRefused,
+        HmacKeyMissing,
+        ValidationError,
+        argparse.ArgumentTypeError,
+    ) as exc:
         print(f"error: {explain(exc)}", file=sys.stderr)
         return 2
     return 0

@@ -26,7 +26,7 @@ OURS = (EventBroker, HmacSecret, RecordsDatabase, RemoteHost)
 
 async def block_types() -> list[Item]:
     """Our block types, and prefect-docker's `DockerHost` for the engine that builds."""
-    # Imported here: it is slow, and nothing else needs it.
+    # Slow to import, and nothing else needs it.
     from prefect_docker.host import DockerHost  # type: ignore[import-untyped]  # it ships no types
 
     return [await _block_type(kind) for kind in (*OURS, DockerHost)]
@@ -83,7 +83,9 @@ async def _key_block(name: str) -> Item:
 
 async def _host_block(host: HostAddress) -> Item:
     wanted = RemoteHost(address=host.address, port=host.port, tls=host.tls)
-    values = {"address": wanted.address, "port": wanted.port, "tls": wanted.tls}
+    values: dict[str, Any] = {"address": wanted.address, "port": wanted.port, "tls": wanted.tls}
+    if host.worker_python:
+        values["worker_python"] = host.worker_python
     saved = await load_if_saved(RemoteHost, host.name)
     differs = _differences(saved, values)
     if saved is not None and _key_of(saved) != host.name:
@@ -128,6 +130,7 @@ async def known_hosts(told: Sequence[HostAddress]) -> list[RemoteHost]:
         saved = hosts.get(each.name)
         block = RemoteHost(address=each.address, port=each.port, tls=each.tls)
         block.work_pool = saved.work_pool if saved else None
+        block.worker_python = each.worker_python or (saved.worker_python if saved else None)
         block._block_document_name = each.name
         hosts[each.name] = block
     return list(hosts.values())

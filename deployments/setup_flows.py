@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +27,13 @@ from pydantic_core import to_jsonable_python
 
 from blocks.remote_host import RemoteHost
 from deployments.setup_items import Item, SetupRefused, item
+from tasks.registration import host_variables, run_command
 
 HOST_ENTRYPOINTS = ("flows.receive.receive_container", "flows.restore.restore_container")
 _HERE = Path(__file__).resolve()
 _KNOWN = {
     *("name", "entrypoint", "description", "tags", "parameters", "work_pool"),
-    *("schedules", "concurrency_limit"),
+    *("schedules", "concurrency_limit", "build"),
 }
 
 
@@ -43,6 +45,11 @@ class FlowDeployment:
     name: str
     pool: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def this_python() -> dict[str, str]:
+    """A build step of `prefect.yaml`: the command that starts a run with the interpreter that deploys."""
+    return {"command": run_command(sys.executable)}
 
 
 def project_file() -> Path:
@@ -65,7 +72,10 @@ def control_deployments(file: Path, working_dir: Path | None) -> list[FlowDeploy
 
 def host_deployments(host: RemoteHost) -> list[FlowDeployment]:
     """What the host's own worker runs."""
-    return [FlowDeployment(each, host.deployment_name, host.work_pool_name) for each in HOST_ENTRYPOINTS]
+    settings = {"job_variables": host_variables(host)}
+    return [
+        FlowDeployment(each, host.deployment_name, host.work_pool_name, settings) for each in HOST_ENTRYPOINTS
+    ]
 
 
 async def flow_deployment(wanted: FlowDeployment) -> Item:
@@ -118,9 +128,10 @@ def _limit(told: int | Mapping[str, Any] | None) -> int | ConcurrencyLimitConfig
 
 
 def _filled_in(value: Any, working_dir: str) -> Any:
-    """`value` with its `{{ $PWD }}` filled in."""
+    """`value` as `prefect deploy` fills it in: the folder, and what the build step `this_python` gives."""
     if isinstance(value, str):
-        return re.sub(r"\{\{\s*\$PWD\s*\}\}", lambda _: working_dir, value)
+        value = re.sub(r"\{\{\s*\$PWD\s*\}\}", lambda _: working_dir, value)
+        return re.sub(r"\{\{\s*this\.command\s*\}\}", lambda _: this_python()["command"], value)
     if isinstance(value, Mapping):
         return {name: _filled_in(inner, working_dir) for name, inner in value.items()}
     if isinstance(value, list):

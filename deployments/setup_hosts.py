@@ -21,6 +21,7 @@ class HostAddress:
     address: str
     port: int = DEFAULT_PORT
     tls: bool = False
+    worker_python: str | None = None
 
 
 def host_name(text: str) -> str:

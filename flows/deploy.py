@@ -24,8 +24,9 @@ from receiver.contract import (
     ImageTag,
     Port,
     Stage,
+    Transport,
 )
-from tasks import dispatch, outcome, package, reporting, store, transfer
+from tasks import dispatch, outcome, package, precheck, reporting, store, transfer
 from tasks.package import ImageMetadata, ImagePackage
 from tasks.parameters import (
     BuildOptions,
@@ -40,6 +41,7 @@ from tasks.parameters import (
 )
 from tasks.results import DeploymentResult
 from tasks.states import WorkflowState
+from tasks.wording import on_host
 from tasks.workflow import CONFIG_DIGEST, Workflow, open_workflow
 
 _SLOWEST_UPLOAD_BYTES_PER_SECOND = 1_000_000
@@ -47,7 +49,7 @@ _SLOWEST_UPLOAD_BYTES_PER_SECOND = 1_000_000
 
 def _run_name() -> str:
     asked = flow_run.parameters
-    return f"{asked['container_name']}:{asked.get('image_tag', 'latest')} → {asked['remote_host']}"
+    return on_host(f"{asked['container_name']}:{asked.get('image_tag', 'latest')}", asked["remote_host"])
 
 
 @flow(name="deploy-container", flow_run_name=_run_name, persist_result=True)
@@ -62,6 +64,7 @@ async def deploy_container(
     rollback_on_failure: bool = True,
     deployment_timeout_ms: StageTimeoutMs | None = None,
     wait_seconds: WaitSeconds = 0,
+    transport: Transport = Transport.HTTP,
 ) -> DeploymentResult | State[Any]:
     """Build an image, carry it to a host, run it there, prove it healthy, or bring the old one back.
 
@@ -80,6 +83,7 @@ async def deploy_container(
         rollback_on_failure=rollback_on_failure,
         deployment_timeout_ms=deployment_timeout_ms or default_timeout_ms(),
         wait_seconds=wait_seconds,
+        transport=transport,
     )
     check_paths(parameters.build_options)
     async with AsyncExitStack() as in_use:
@@ -99,24 +103,27 @@ async def _package(
 ) -> tuple[ImageMetadata, ImagePackage]:
     """Stage 1. An unchanged image is neither built nor exported again, unless it is gone.
 
-    The package is not dropped for those of other deployments while it is `in_use`.
+    Nothing is built for a host that is out of reach or refuses our key. The package is not dropped for
+    those of other deployments while it is `in_use`.
     """
     asked = workflow.parameters
-    reference = f"{asked.container_name}:{asked.image_tag}"
+    reference = workflow.image
     await workflow.advance(WorkflowState.PACKAGING)
     say = get_run_logger().info
-    async with workflow.stage(Stage.PACKAGE, _seconds(workflow)) as stage, store.alone(reference, say):
-        architecture = await transfer.probe_architecture(workflow.host, workflow.workflow_id)
-        image_id = await package.build_or_reuse(stage, asked)
-        metadata = await stage.run(package.gather_metadata, image_id, reference)
-        image = await package.export_or_reuse(stage, metadata)
-        in_use.enter_context(store.package_in_use(image.path))
-        await package.check_image(stage, metadata, image, asked.build_options, architecture)
-        stage.artifacts |= await reporting.shown(
-            reporting.write_package_artifacts(workflow.workflow_id, metadata, image)
-        )
-        workflow.config_digest = package.announce_image(metadata, image).config_digest
-        stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
+    async with workflow.stage(Stage.PACKAGE, _seconds(workflow)) as stage:
+        health = await stage.run(precheck.check_host, workflow.host, workflow.workflow_id)
+        await precheck.warn_of_pool(workflow.host)
+        async with store.alone(reference, say):
+            image_id = await package.build_or_reuse(stage, asked)
+            metadata = await stage.run(package.gather_metadata, image_id, reference)
+            image = await package.export_or_reuse(stage, metadata)
+            in_use.enter_context(store.package_in_use(image.path))
+            await package.check_image(stage, metadata, image, asked.build_options, health.architecture)
+            stage.artifacts |= await reporting.shown(
+                reporting.write_package_artifacts(workflow.workflow_id, metadata, image)
+            )
+            workflow.config_digest = package.announce_image(metadata, image).config_digest
+            stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
     result = stage.result()
     await workflow.advance(
         WorkflowState.TRANSFERRING,
@@ -144,7 +151,12 @@ async def _transfer(workflow: Workflow, metadata: ImageMetadata, image: ImagePac
             sent_bytes = 0
             if accepted.state is HostState.RECEIVING:
                 sent_bytes = await stage.run(
-                    transfer.upload_package, host, accepted.deployment_id, image, correlation_id
+                    transfer.upload_package,
+                    host,
+                    accepted.deployment_id,
+                    image,
+                    correlation_id,
+                    accepted.incoming_path,
                 )
             status = await stage.run(transfer.verify_transfer, host, accepted.deployment_id, correlation_id)
         stage.artifacts |= await reporting.shown(
@@ -165,7 +177,7 @@ async def deploy_and_validate(workflow: Workflow) -> None:
     limit = _seconds(workflow) + workflow.load_seconds
     async with workflow.stage(Stage.DEPLOY, limit):
         workflow.host_run = await dispatch.start_run_on_host(
-            "receive-container", workflow.host, deployment_id, workflow.workflow_id
+            "receive-container", workflow.host, deployment_id, workflow.workflow_id, workflow.image
         )
         status = await _follow(workflow, outcome.started_or_ended, limit)
     if not outcome.has_started(status):
@@ -208,6 +220,7 @@ def _request(workflow: Workflow, metadata: ImageMetadata, image: ImagePackage) -
         workflow_id=workflow.workflow_id,
         image=package.announce_image(metadata, image),
         package=image.announcement(),
+        transport=asked.transport,
     )
 
 

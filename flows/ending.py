@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import State
+from prefect import State, tags
 from prefect.logging import get_run_logger
 from prefect.states import Failed
 
 from flows.rollback import rollback_container
 from receiver.contract import DeploymentStatus, HostState
-from tasks import outcome, recovery, reporting
+from tasks import dispatch, narration, outcome, overview, recovery, reporting
 from tasks.errors import DeploymentFailed, DeploymentLost, GantryError
 from tasks.records import RecordsUnreachable
 from tasks.results import DeploymentResult, DeploymentUnsuccessful
 from tasks.states import WorkflowState
+from tasks.wording import on_host
 from tasks.workflow import Workflow, as_failure, stage_of
 
 Ending = DeploymentResult | State[Any]
@@ -117,14 +118,16 @@ async def _last_word(workflow: Workflow) -> DeploymentStatus | None:
 
 async def _roll_back(workflow: Workflow) -> dict[str, Any]:
     """Run the rollback subflow; returns its result, also when it broke off."""
-    state = await rollback_container(
-        remote_host=workflow.parameters.remote_host,
-        deployment_id=workflow.require_deployment(),
-        remote_port=workflow.parameters.remote_port,
-        workflow_id=workflow.workflow_id,
-        flow_run_id=str(workflow.host_run) if workflow.host_run else None,
-        return_state=True,
-    )
+    name = f"undo {on_host(workflow.image, workflow.parameters.remote_host)}"
+    with tags(dispatch.workflow_tag(workflow.workflow_id)):
+        state = await rollback_container.with_options(flow_run_name=name)(
+            remote_host=workflow.parameters.remote_host,
+            deployment_id=workflow.require_deployment(),
+            remote_port=workflow.parameters.remote_port,
+            workflow_id=workflow.workflow_id,
+            flow_run_id=str(workflow.host_run) if workflow.host_run else None,
+            return_state=True,
+        )
     undone = await state.aresult(raise_on_failure=False)
     return undone if isinstance(undone, dict) else outcome.broke_off(undone)
 
@@ -150,4 +153,7 @@ async def _report(
     result = await workflow.result()
     stages = await workflow.records.stages(workflow.workflow_id)
     await reporting.publish(result, stages, status, next_step=next_step)
+    if status is not None:
+        await overview.refresh(workflow.host, workflow.records)
+    get_run_logger().info("%s", narration.end_line(result), extra=workflow.identity)
     return result

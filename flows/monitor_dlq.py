@@ -14,7 +14,7 @@ from tasks.dead_letter_queue import DeadLetter, Malformed, Received
 from tasks.outbox_producer import require_broker
 
 
-@flow(name="monitor-dlq")
+@flow(name="monitor-dlq", flow_run_name="dead letters → {notification_block}")
 async def monitor_dlq(
     notification_block: str,
     idle_seconds: Annotated[float, Field(gt=0)] = 10,

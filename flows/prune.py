@@ -13,7 +13,7 @@ from tasks.retention import prune_stored_records
 Days = Annotated[int, Field(ge=1, le=36_500)]
 
 
-@flow(name="prune-records")
+@flow(name="prune-records", flow_run_name="prune what ended more than {keep_days} days ago")
 async def prune_records(
     keep_days: Days = 90, keep_events_days: Days = 7, dry_run: bool = False
 ) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import State, flow
-from prefect.runtime import flow_run
 from prefect.states import Failed
 
+from flows.naming import name_as_started
 from flows.restore import restore_container
 from tasks import execute, restore, validate
 
 
 def _run_name() -> str:
-    return f"receive {flow_run.parameters['deployment_id'][:8]}"
+    return name_as_started("receive")
 
 
 @flow(name="receive-container", flow_run_name=_run_name)
@@ -39,7 +39,10 @@ async def receive_container(deployment_id: str) -> State[Any] | None:
             code, cause = restore.record_failure(deployment_id, exc)
             if request.rollback_on_failure:
                 await restore.restore_at_once(held, deployment_id)
-                await restore_container(deployment_id)  # finds it done: shows the restore in the UI
+                shown = restore_container.with_options(
+                    flow_run_name=f"undo {request.container_name}:{request.image_tag}"
+                )
+                await shown(deployment_id)  # finds it done: shows the restore in the UI
             return Failed(message=f"{code}: {cause}")
         await take(validate.retire_old_versions, deployment_id)
     return None

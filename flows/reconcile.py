@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from prefect import State, flow
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 
 from blocks.receiver_client import ReceiverError
 from flows import ending
@@ -18,7 +19,15 @@ from tasks.parameters import RemoteHostName
 from tasks.workflow import Workflow
 
 
-@flow(name="reconcile")
+def _run_name() -> str:
+    asked = flow_run.parameters
+    if asked.get("workflow_id"):
+        return f"reconcile workflow {asked['workflow_id'][:8]}"
+    what = asked.get("container_name") or "all"
+    return f"reconcile {what} on {asked.get('remote_host') or 'all hosts'}"
+
+
+@flow(name="reconcile", flow_run_name=_run_name)
 async def reconcile(
     workflow_id: str | None = None,
     container_name: ContainerName | None = None,

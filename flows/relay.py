@@ -13,7 +13,7 @@ from tasks.outbox import EventsWaiting, run_relay
 from tasks.outbox_producer import require_broker
 
 
-@flow(name="relay-events")
+@flow(name="relay-events", flow_run_name="publish waiting events for {seconds} s")
 async def relay_events(
     seconds: Annotated[float, Field(gt=0)] = 50, until_empty: bool = True
 ) -> dict[str, int]:

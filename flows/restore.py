@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from prefect import flow
-from prefect.runtime import flow_run
 
+from flows.naming import name_as_started
 from tasks.restore import restore_previous_container
 
 
 def _run_name() -> str:
-    return f"restore {flow_run.parameters['deployment_id'][:8]}"
+    return name_as_started("undo")
 
 
 @flow(name="restore-container", flow_run_name=_run_name)

@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 
 from receiver.contract import DEFAULT_PORT, ContainerName, HostState, Port
-from tasks import outcome, recovery, versions
+from tasks import dispatch, outcome, recovery, versions
 from tasks.parameters import RemoteHostName
 from tasks.results import DeploymentResult
 
@@ -45,7 +45,8 @@ async def rollback_container(
         from flows.revert import revert  # here: it ends as deployments do, and they end by this flow
 
         return await revert(container_name, remote_host, remote_port, to_version)
-    undone = await _undo(remote_host, remote_port, str(deployment_id), workflow_id, flow_run_id)
+    with dispatch.untagged():
+        undone = await _undo(remote_host, remote_port, str(deployment_id), workflow_id, flow_run_id)
     return undone if undone["success"] else Failed(message=_cause(undone), data=undone)
 
 
@@ -55,7 +56,7 @@ async def _undo(
     attempt = await recovery.begin(remote_host, remote_port, deployment_id, workflow_id, flow_run_id)
     status = await recovery.wait_for_host(attempt)
     if not recovery.is_settled(status):
-        status = await recovery.restore_by_worker(attempt)
+        status = await recovery.restore_by_worker(attempt, status)
     if recovery.wants_restore(status):
         status = await recovery.restore_by_receiver(attempt)
     if status is None:

@@ -216,7 +216,10 @@ class Access:
     def _check_peer(self, scope: Scope) -> None:
         peer = _peer(scope)
         if scope["path"] != contract.HEALTH_PATH and not _is_in(self._networks, peer):
-            raise ForeignNetwork(f"{peer or 'a caller without an address'} is not on this host's allow-list")
+            raise ForeignNetwork(
+                f"{peer or 'a caller without an address'} is not on this host's allow-list",
+                peer=str(peer or ""),
+            )
         if not self._rate.admits(peer, time.monotonic()):
             raise TooManyRequests(headers={"Retry-After": "1"})
 

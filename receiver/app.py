@@ -23,7 +23,7 @@ from docker.errors import DockerException
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from requests.exceptions import RequestException
 
-from receiver import access, contract, locks, logs, problems, versions
+from receiver import access, contract, locks, logs, problems, report, versions
 from receiver.access import Access
 from receiver.contract import (
     DeploymentStatus,
@@ -143,7 +143,7 @@ class Service:
         waiting = self.ledger.in_states(HostState.RECEIVING, HostState.READY)
         is_known = key is not None and any(entry.idempotency_key == key for entry in waiting)
         if wanted.package is not None and not present and not is_known:
-            self.packages.check_room(wanted.package, *needs)
+            self.packages.check_room(wanted.package, *needs, transport=wanted.transport)
         return self.ledger.create(wanted, HostState.READY if present else HostState.RECEIVING, key)
 
     async def without_upload(self, entry: Entry, *, present: bool) -> Entry:
@@ -224,7 +224,9 @@ async def announce_deployment(request: Request, service: TheService) -> Response
     entry, is_new = await asyncio.to_thread(service.take, wanted, key, needs, present=present)
     entry = await service.without_upload(entry, present=present)
     entry = await service.packages.adopt(entry) if is_new else entry
-    return as_json(accepted(entry, known_layers, present=present), 201 if is_new else 200)
+    incoming = await service.packages.open_incoming(entry)
+    answer = accepted(entry, known_layers, present=present, incoming=incoming)
+    return as_json(answer, 201 if is_new else 200)
 
 
 @router.post(contract.deploy_path("{deployment_id}", "package"))
@@ -235,7 +237,8 @@ async def announce_package(deployment_id: str, request: Request, service: TheSer
     present, known_layers = await service.look_for(entry.request.image)
     entry = await service.packages.announce(deployment_id, package)
     entry = await service.without_upload(entry, present=present)
-    return as_json(accepted(entry, known_layers, present=present))
+    incoming = await service.packages.open_incoming(entry)
+    return as_json(accepted(entry, known_layers, present=present, incoming=incoming))
 
 
 @router.head(contract.deploy_path("{deployment_id}", "package"))
@@ -265,6 +268,20 @@ async def take_chunk(deployment_id: str, request: Request, service: TheService) 
     if entry.state is not HostState.RECEIVING:
         service.metrics.count_package("ready")
     return Response(status_code=204, headers={contract.UPLOAD_OFFSET_HEADER: str(new_offset)})
+
+
+@router.post(contract.deploy_path("{deployment_id}", "collect"))
+async def collect_package(deployment_id: str, service: TheService) -> Response:
+    """Take over the package that rsync brought, and verify it; a package that was taken stays so."""
+    try:
+        taken_bytes = await service.packages.collect(deployment_id)
+    except PackageMismatch:
+        service.metrics.count_package("rejected")
+        raise
+    if taken_bytes:
+        service.metrics.count_upload(0, taken_bytes)
+        service.metrics.count_package("ready")
+    return as_json(await asyncio.to_thread(service.status, deployment_id))
 
 
 @router.get(contract.deploy_path("{deployment_id}", "status"))
@@ -311,6 +328,7 @@ def create_app(
     )
     app.include_router(router)
     app.include_router(versions.router)
+    app.include_router(report.router)
     problems.install(app)
     app.add_middleware(
         Access,

@@ -19,6 +19,7 @@ HEALTH_PATH = "/health"
 METRICS_PATH = "/metrics"
 WORKFLOW_PATH = "/api/workflows"
 CONTAINERS_PATH = "/api/containers"
+HOST_PATH = "/api/host"
 
 TIMESTAMP_HEADER = "X-Deployment-Timestamp"
 SIGNATURE_HEADER = "X-Deployment-Signature"
@@ -41,7 +42,7 @@ LABEL_IMAGE_TAG = "gantry.image_tag"
 
 
 def deploy_path(deployment_id: str, action: str = "") -> str:
-    """Path of one deployment, or of an action on it: `package`, `status`, `restore`, `abort`."""
+    """Path of one deployment, or of an action: `package`, `collect`, `status`, `restore`, `abort`."""
     return f"{DEPLOY_PATH}/{deployment_id}" + (f"/{action}" if action else "")
 
 
@@ -112,6 +113,13 @@ class Stage(StrEnum):
     def number(self) -> int:
         """Position of the stage, from 1."""
         return list(Stage).index(self) + 1
+
+
+class Transport(StrEnum):
+    """How a package travels; who may have it deployed is always told by signed HTTP."""
+
+    HTTP = "http"
+    RSYNC = "rsync"
 
 
 class WireModel(BaseModel):
@@ -204,7 +212,7 @@ class HealthCheckConfig(WireModel):
     timeout_ms: Annotated[int, Field(ge=1, le=300_000)] | None = None
     quiet_period_ms: Annotated[int, Field(ge=0, le=600_000)] = 1000
     consul_enabled: bool = False
-    consul_url: str = "http://127.0.0.1:8500"
+    consul_url: Annotated[str, AfterValidator(references.check_consul_url)] = "http://127.0.0.1:8500"
 
 
 class ImageAnnouncement(WireModel):
@@ -236,6 +244,7 @@ class DeployRequest(WireModel):
     workflow_id: WorkflowId | None = None
     image: ImageAnnouncement | None = None
     package: PackageAnnouncement | None = None
+    transport: Transport = Transport.HTTP
 
 
 class DeployAccepted(WireModel):
@@ -248,6 +257,9 @@ class DeployAccepted(WireModel):
     upload_url: str
     upload_offset: int = Field(description="Bytes of the package that the host holds, all verified.")
     chunk_bytes: int = Field(description="Largest chunk that one PATCH may carry.")
+    incoming_path: str | None = Field(
+        default=None, description="Where rsync may put the package, for `collect`; null for transport http."
+    )
 
 
 class RollbackRequest(WireModel):
@@ -376,6 +388,58 @@ class HostHealth(WireModel):
     architecture: str | None = None
     engine_version: str | None = None
     time: datetime
+
+
+class HostEngine(WireModel):
+    """The host's Docker Engine."""
+
+    version: str
+    architecture: str
+    os: str
+    storage_driver: str
+
+
+class HostDisk(WireModel):
+    """Room below a folder that deployments write to; folders of one `device` share it."""
+
+    path: str
+    device: str
+    free_bytes: Annotated[int, Field(ge=0)]
+    total_bytes: Annotated[int, Field(ge=0)]
+
+
+class HostPort(WireModel):
+    """One host port that was asked for; `container_name` is set when a container of ours holds it."""
+
+    port: Port
+    protocol: Literal["tcp", "udp"]
+    free: bool
+    holder: str | None = Field(default=None, description="Who holds it, as far as the receiver can see.")
+    container_name: str | None = None
+
+
+class OpenDeployment(WireModel):
+    """A deployment that is not at rest, or whose restore failed and that nothing has settled since."""
+
+    deployment_id: str
+    workflow_id: str | None
+    container_name: str
+    image_tag: str
+    state: HostState
+    is_held: bool
+    updated_at: datetime
+
+
+class HostReport(WireModel):
+    """Answer to `GET /api/host?port=8080/tcp`; `settings` holds no secret."""
+
+    version: str
+    time: datetime
+    engine: HostEngine | None = Field(description="None while the engine does not answer.")
+    disks: list[HostDisk]
+    ports: list[HostPort]
+    open_deployments: list[OpenDeployment]
+    settings: dict[str, str]
 
 
 class Problem(BaseModel):

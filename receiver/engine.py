@@ -52,6 +52,7 @@ class EngineInfo:
     architecture: str
     os: str
     data_root: str
+    storage_driver: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ class LoadedImage:
     config_digest: str | None
     layers: tuple[str, ...]
     architecture: str
+
+
+@dataclass(frozen=True)
+class PublishedPort:
+    """A host port that a running container publishes; `container_name` is our label, None for others'."""
+
+    port: int
+    protocol: str
+    name: str
+    container_name: str | None
 
 
 @dataclass(frozen=True)
@@ -140,10 +151,11 @@ class Engine:
         """Version and platform of the engine."""
         try:
             answer = self._client.version()
-            root = self._client.info().get("DockerRootDir", "/var/lib/docker")
+            told = self._client.info()
         except (DockerException, OSError) as exc:
             raise EngineUnreachable(f"the Docker Engine at {self._base_url} does not answer: {exc}") from exc
-        return EngineInfo(answer["Version"], answer["Arch"], answer["Os"], root)
+        root = told.get("DockerRootDir", "/var/lib/docker")
+        return EngineInfo(answer["Version"], answer["Arch"], answer["Os"], root, told.get("Driver", ""))
 
     # -- images ----------------------------------------------------------------------------------
 
@@ -364,6 +376,20 @@ class Engine:
                 return ""
             raise
         return bytes(raw).decode("utf-8", "replace")[-16_000:]
+
+    def published_ports(self) -> list[PublishedPort]:
+        """Host ports of all running containers."""
+        return [
+            PublishedPort(
+                port=bound["PublicPort"],
+                protocol=bound["Type"],
+                name=listed["Names"][0].lstrip("/"),
+                container_name=(listed.get("Labels") or {}).get(contract.LABEL_CONTAINER),
+            )
+            for listed in self._client.api.containers()
+            for bound in listed.get("Ports") or ()
+            if "PublicPort" in bound
+        ]
 
     def check_ports_free(self, config: DeploymentConfig, current: Container | None) -> None:
         """Raise `PortTaken` when a wanted host port is held by anything but the current container."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TypeVar
 
 from fastapi import Request, Response
@@ -40,7 +41,9 @@ def idempotency_key(request: Request, settings: ReceiverSettings) -> str | None:
     return key
 
 
-def accepted(entry: Entry, known_layers: list[str], *, present: bool) -> DeployAccepted:
+def accepted(
+    entry: Entry, known_layers: list[str], *, present: bool, incoming: Path | None = None
+) -> DeployAccepted:
     """What the sender of a deployment is told."""
     return DeployAccepted(
         deployment_id=entry.deployment_id,
@@ -50,6 +53,7 @@ def accepted(entry: Entry, known_layers: list[str], *, present: bool) -> DeployA
         upload_url=contract.deploy_path(entry.deployment_id, "package"),
         upload_offset=entry.upload_offset,
         chunk_bytes=contract.MAX_CHUNK_BYTES,
+        incoming_path=str(incoming) if incoming else None,
     )
 
 

@@ -16,7 +16,6 @@ from receiver.settings import ReceiverSettings
 
 BACKOFF_MULTIPLIER = 1.2
 MAX_INTERVAL_SECONDS = 30.0
-REGISTRATION_SECONDS = 2.5
 _RECONNECT_SECONDS = 0.1
 
 
@@ -121,22 +120,3 @@ async def _attempt(client: httpx.AsyncClient, probe: Probe, number: int, interva
         duration_ms=int((time.monotonic() - began) * 1000),
         message=message,
     )
-
-
-async def wait_for_registration(
-    consul_url: str, service: str, patience_seconds: float = REGISTRATION_SECONDS
-) -> None:
-    """Return once Consul lists the service; raises `ContainerUnwell` when it does not in time."""
-    deadline = time.monotonic() + patience_seconds
-    while not await is_registered(consul_url, service):
-        if time.monotonic() > deadline:
-            raise ContainerUnwell(f"Consul at {consul_url} does not list {service}")
-        await asyncio.sleep(_RECONNECT_SECONDS)
-
-
-async def is_registered(consul_url: str, service: str, timeout_seconds: float = 3) -> bool:
-    """True when Consul's catalog lists at least one instance of `service`."""
-    async with httpx.AsyncClient(trust_env=False, timeout=timeout_seconds) as client:
-        answer = await client.get(f"{consul_url.rstrip('/')}/v1/catalog/service/{service}")
-        answer.raise_for_status()
-        return bool(answer.json())

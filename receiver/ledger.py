@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from receiver.contract import (
+    SETTLED,
     DeploymentStatus,
     DeployRequest,
     ErrorCode,
@@ -279,6 +280,20 @@ class Ledger:
             rows = self._db.execute(
                 f"SELECT * FROM deployments WHERE state IN ({marks}) ORDER BY created_at",  # noqa: S608 - marks are '?'
                 states,
+            ).fetchall()
+        return [_entry(row) for row in rows]
+
+    def open_entries(self) -> list[Entry]:
+        """Entries not at rest, and failed restores that no later deployment has settled, oldest first."""
+        settled = sorted(SETTLED)
+        marks = ",".join("?" * len(settled))
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT * FROM deployments AS mine WHERE state NOT IN ({marks})"  # noqa: S608 - marks are '?'
+                " OR (state = ? AND NOT EXISTS (SELECT 1 FROM deployments AS later WHERE"
+                " later.container_name = mine.container_name AND later.created_at > mine.created_at"
+                " AND later.state IN (?, ?))) ORDER BY created_at",
+                (*settled, S.RESTORE_FAILED, S.KEPT, S.RESTORED),
             ).fetchall()
         return [_entry(row) for row in rows]
 

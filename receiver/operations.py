@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import httpx
 import requests.exceptions
 from docker.errors import APIError, NotFound
 from docker.models.containers import Container
 
-from receiver import contract, disk, health
+from receiver import consul, contract, disk, health
 from receiver.contract import (
     DeploymentStatus,
     ErrorCode,
@@ -392,18 +391,21 @@ class Operations:
             self.ledger.note(self.deployment_id, service_interruption_ms=int(silence.total_seconds() * 1000))
 
     async def verify_service_registration(self) -> None:
-        """Consul lists the service; asked only where it is enabled. A gate: it fails no deployment."""
+        """Consul lists the service; asked only where it is enabled. A gate: it fails no deployment.
+
+        One whose checks do not pass is registered, as the specification counts; the gate's message tells it.
+        """
         request = self._entry_in(HostState.VALIDATING).request
         config, name = request.health_check_config, request.container_name
         if not config.consul_enabled:
             self._gate("service_registered", Stage.VALIDATE, passed=True, message="Consul is not enabled")
             return
-        registered, message = False, ""
+        registered, agent = False, consul.Agent(config.consul_url, self.settings.consul_token)
         try:
             async with self._step("verify_service_registration", Stage.VALIDATE):
-                await health.wait_for_registration(config.consul_url, name)
+                message = str(await consul.wait_for_registration(agent, name))
             registered = True
-        except (health.ContainerUnwell, httpx.HTTPError) as exc:  # may fail: the container is well
+        except consul.RegistrationUnproven as exc:  # may fail: the container is well
             message = str(exc)
         self.ledger.note(self.deployment_id, service_registered=registered)
         self._gate("service_registered", Stage.VALIDATE, passed=registered, message=message)

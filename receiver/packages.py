@@ -1,7 +1,8 @@
 """Packages on disk: take them in chunks, resume, verify the whole, hand them to the operations, clear up.
 
 Owns the files in `packages_dir`: `<deployment_id>.part` while it arrives, `<deployment_id>.tar` once its
-BLAKE3 matched. The ledger's offset never runs ahead of the disk. Imports no Docker client
+BLAKE3 matched. The ledger's offset never runs ahead of the disk. What rsync brought is copied out of
+`receiver.incoming`, and only the copy, which nobody else can write, is verified. Imports no Docker client
 and knows no request: its errors are the refusals that the application tells.
 """
 
@@ -19,8 +20,9 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from receiver import disk
-from receiver.contract import UPLOAD_OFFSET_HEADER, ErrorCode, HostState, PackageAnnouncement
+from receiver import disk, incoming
+from receiver.contract import UPLOAD_OFFSET_HEADER, ErrorCode, HostState, PackageAnnouncement, Transport
+from receiver.incoming import Incoming
 from receiver.ledger import DeploymentUnknown, Entry, Ledger, StateConflict, utc_now
 from receiver.problems import Refusal
 from receiver.settings import ReceiverSettings
@@ -54,6 +56,13 @@ class UploadBusy(OffsetRefused):
 
     slug = "upload-busy"
     next_step = "Send one chunk at a time; ask for the offset by HEAD, then go on."
+
+
+class BeingCollected(Refusal):
+    """The package is being taken over"""
+
+    slug, status = "being-collected", 503
+    next_step = "Send the same request again in a moment."
 
 
 class NotReceiving(Refusal):
@@ -110,6 +119,7 @@ class Packages:
 
     def __init__(self, settings: ReceiverSettings, ledger: Ledger) -> None:
         self._folder = settings.packages_dir
+        self._incoming = Incoming(settings.incoming_dir)
         self._max_bytes = settings.max_package_bytes
         self._ledger = ledger
         self._guard = threading.Lock()
@@ -126,15 +136,36 @@ class Packages:
         """Delete whatever there is of a package."""
         self._part(deployment_id).unlink(missing_ok=True)
         self.path(deployment_id).unlink(missing_ok=True)
+        self._incoming.discard(deployment_id)
 
-    def check_room(self, package: PackageAnnouncement, *also: disk.Need) -> None:
+    def check_room(
+        self, package: PackageAnnouncement, *also: disk.Need, transport: Transport = Transport.HTTP
+    ) -> None:
         """Raise `PackageTooLarge` or `DiskFull` when the host cannot take the package, and what follows."""
         if package.size_bytes > self._max_bytes:
             raise PackageTooLarge(f"{package.size_bytes} bytes announced, {self._max_bytes} are allowed")
-        try:
-            disk.check_room([disk.Need(self._folder, package.size_bytes, "the package"), *also])
-        except disk.RoomMissing as exc:
-            raise DiskFull(str(exc)) from exc
+        needs = [disk.Need(self._folder, package.size_bytes, "the package"), *also]
+        if transport is Transport.RSYNC:
+            needs.append(
+                disk.Need(self._incoming.folder, package.size_bytes, "the package as rsync brings it")
+            )
+        _ask_for_room(needs)
+
+    async def open_incoming(self, entry: Entry) -> Path | None:
+        """Where rsync may put the package; None when it is not to come that way. Raises `DiskFull`."""
+        if entry.request.transport is not Transport.RSYNC or entry.state is not HostState.RECEIVING:
+            return None
+        with _disk_errors():
+            return await asyncio.to_thread(self._incoming.prepare, entry.deployment_id)
+
+    async def collect(self, deployment_id: str) -> int:
+        """Copy what rsync brought, verify the copy, and return its bytes; 0 when that was done before.
+
+        The deployment becomes READY, or REJECTED and `PackageMismatch` is raised. Raises
+        `BeingCollected`, `PackageIncomplete`, `ForeignFile`, `NotReceiving`, `PackageUnannounced` and
+        `DiskFull`; each leaves what has arrived as it was.
+        """
+        return await asyncio.to_thread(self._collect, deployment_id)
 
     async def announce(self, deployment_id: str, package: PackageAnnouncement) -> Entry:
         """Take a late announcement; the same one again changes nothing."""
@@ -170,7 +201,7 @@ class Packages:
                 )
             if entry.state is not HostState.RECEIVING:
                 raise NotReceiving(f"deployment {deployment_id} is {entry.state}")
-            self.check_room(package)
+            self.check_room(package, transport=entry.request.transport)
             return self._ledger.set_package(deployment_id, package)
 
     def _adopt(self, entry: Entry) -> Entry:
@@ -183,7 +214,7 @@ class Packages:
 
     def _supersede(self, other: Entry) -> None:
         """Give up what a dead sender left of this container: its room is not held for a day."""
-        if utc_now() - other.updated_at < ORPHANED_AFTER:
+        if not self._is_silent(other):
             return
         with contextlib.suppress(StateConflict, UploadBusy), self._only_writer(other.deployment_id):
             self._ledger.move(other.deployment_id, HostState.ABORTED, error_message="superseded")
@@ -192,13 +223,15 @@ class Packages:
     def _take_up(self, entry: Entry) -> Entry:
         if entry.state is not HostState.RECEIVING or entry.package is None or entry.upload_offset:
             return entry
-        orphans = [
+        alike = [
             other
             for other in self._ledger.in_states(HostState.RECEIVING)
-            if other.package == entry.package
-            and other.upload_offset
-            and utc_now() - other.updated_at >= ORPHANED_AFTER
+            if other.package == entry.package and self._is_silent(other)
         ]
+        if entry.request.transport is Transport.RSYNC:
+            self._take_incoming(alike, entry.deployment_id)
+            return entry
+        orphans = [other for other in alike if other.upload_offset]
         for orphan in sorted(orphans, key=lambda other: other.upload_offset, reverse=True)[:1]:
             with contextlib.suppress(UploadBusy, FileNotFoundError):
                 self._take_over(orphan, entry.deployment_id)
@@ -210,6 +243,52 @@ class Packages:
             self._part(orphan.deployment_id).rename(self._part(deployment_id))
             self._ledger.set_upload_offset(deployment_id, orphan.upload_offset)
             self._ledger.set_upload_offset(orphan.deployment_id, 0)
+
+    def _take_incoming(self, orphans: list[Entry], deployment_id: str) -> None:
+        """Of several files the one that was written last."""
+        written = {
+            other.deployment_id: self._incoming.last_write(other.deployment_id)
+            for other in orphans
+            if other.deployment_id != deployment_id
+        }
+        last = max(((at, orphan) for orphan, at in written.items() if at), default=None)
+        if last:
+            with (
+                contextlib.suppress(UploadBusy, FileNotFoundError),
+                self._only_writer(last[1]),
+                _disk_errors(),
+            ):
+                self._incoming.hand_over(last[1], deployment_id)
+
+    def _is_silent(self, entry: Entry) -> bool:
+        """No byte came for a while, on either way."""
+        return utc_now() - self._last_heard(entry) >= ORPHANED_AFTER
+
+    def _last_heard(self, entry: Entry) -> datetime:
+        return max(entry.updated_at, self._incoming.last_write(entry.deployment_id) or entry.updated_at)
+
+    def _collect(self, deployment_id: str) -> int:
+        try:
+            with self._only_writer(deployment_id):
+                return self._take_copy(self._ledger.get(deployment_id))
+        except UploadBusy as exc:
+            raise BeingCollected(headers={"Retry-After": "5"}) from exc
+
+    def _take_copy(self, entry: Entry) -> int:
+        package, deployment_id = announced(entry), entry.deployment_id
+        if entry.state is not HostState.RECEIVING:
+            return 0
+        with self._incoming.opened(deployment_id) as theirs:
+            _ask_for_room([disk.Need(self._folder, package.size_bytes, "the package")])
+            if entry.upload_offset:
+                self._ledger.set_upload_offset(deployment_id, 0)
+            with self._opened(entry) as own:
+                with _disk_errors():
+                    incoming.copy(theirs, own, package.size_bytes)
+                self._complete(deployment_id, package, own)
+        self._ledger.set_upload_offset(deployment_id, package.size_bytes)
+        self._incoming.discard(deployment_id)
+        return package.size_bytes
 
     def _append(self, deployment_id: str, offset: int, chunk: Bytes) -> int:
         with self._only_writer(deployment_id):
@@ -287,12 +366,15 @@ class Packages:
 
     def _sweep(self, now: datetime) -> int:
         for entry in self._ledger.in_states(HostState.RECEIVING, HostState.READY):
-            if now - entry.updated_at > IDLE_LIMIT:
+            if now - self._last_heard(entry) > IDLE_LIMIT:
                 self._give_up(entry)
         unneeded = [file for file in self._folder.iterdir() if self._is_unneeded(file)]
         for file in unneeded:
             file.unlink(missing_ok=True)
-        return len(unneeded)
+        left = [found for found in self._incoming.deployments() if not self._is_awaited(found)]
+        for deployment_id in left:
+            self._incoming.discard(deployment_id)
+        return len(unneeded) + len(left)
 
     def _give_up(self, entry: Entry) -> None:
         text = f"nothing happened for {IDLE_LIMIT.total_seconds() / 3600:.0f} h"
@@ -305,10 +387,13 @@ class Packages:
     def _is_unneeded(self, file: Path) -> bool:
         if file.suffix not in {".part", ".tar"}:
             return False
+        return not self._is_awaited(file.stem, HostState.READY)
+
+    def _is_awaited(self, deployment_id: str, *also: HostState) -> bool:
         try:
-            return self._ledger.get(file.stem).state not in {HostState.RECEIVING, HostState.READY}
+            return self._ledger.get(deployment_id).state in {HostState.RECEIVING, *also}
         except DeploymentUnknown:
-            return True
+            return False
 
 
 def announced(entry: Entry) -> PackageAnnouncement:
@@ -339,6 +424,13 @@ def _write(descriptor: int, offset: int, chunk: Bytes) -> None:
         except OSError:
             os.ftruncate(descriptor, offset)
             raise
+
+
+def _ask_for_room(needs: list[disk.Need]) -> None:
+    try:
+        disk.check_room(needs)
+    except disk.RoomMissing as exc:
+        raise DiskFull(str(exc)) from exc
 
 
 @contextmanager

@@ -10,6 +10,7 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _RESTART = re.compile(r"no|always|unless-stopped|on-failure(:[1-9][0-9]{0,3})?")
 _NETWORK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.:-]{0,127}")
+_CONSUL_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?")
 _VOLUME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,254}")
 
 
@@ -77,6 +78,13 @@ def check_url_path(path: str) -> str:
     if not path.startswith("/") or any(ord(character) <= 32 for character in path):
         raise ValueError(f"health_endpoint {path!r}: start with '/' and leave out spaces, such as '/health'")
     return path
+
+
+def check_consul_url(url: str) -> str:
+    """Where a Consul agent answers: scheme, host, port, and the path of a proxy."""
+    if not _CONSUL_URL.fullmatch(url):
+        raise ValueError(f"consul_url {url!r}: give scheme, host and port, such as 'http://127.0.0.1:8500'")
+    return url
 
 
 def check_ip_address(address: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretBytes, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretBytes, SecretStr, ValidationError
 
 from receiver import contract, signing
 
@@ -39,6 +39,10 @@ VARIABLES: Mapping[str, tuple[str, str]] = {
     "HEALTH_CHECK_RETRY_INTERVAL_MS": ("2000", "time between health attempts"),
     "HEALTH_CHECK_TIMEOUT_MS": ("5000", "time for one health attempt"),
     "HOOK_RECEIVER_STATE_DIR": ("/var/lib/gantry", "folder of the ledger, packages and locks"),
+    "HOOK_RECEIVER_INCOMING_DIR": (
+        "",
+        "folder for what rsync brings; default: `incoming` in the state folder",
+    ),
     "HOOK_RECEIVER_MAX_PACKAGE_BYTES": (str(20 * 1024**3), "largest package that is taken"),
     "HOOK_RECEIVER_MAX_UPLOADS": ("4", "chunk requests served at the same time"),
     "HOOK_RECEIVER_RATE_LIMIT_PER_SECOND": ("100", "requests per second and peer"),
@@ -46,6 +50,7 @@ VARIABLES: Mapping[str, tuple[str, str]] = {
     "HOOK_RECEIVER_TLS_KEY_FILE": ("", "private key (PEM) of the certificate"),
     "LOG_FORMAT": ("text", "text or json"),
     "LOG_LEVEL": ("INFO", "DEBUG, INFO, WARNING or ERROR"),
+    "CONSUL_HTTP_TOKEN": ("", "token for the question whether Consul lists a service"),
     "KAFKA_BOOTSTRAP_SERVERS": ("", "accepted and not used: the control host publishes this host's events"),
 }
 """Every variable that is read: its default and its meaning."""
@@ -97,6 +102,7 @@ class ReceiverSettings:
     health_check_retry_interval_ms: int
     health_check_timeout_ms: int
     state_dir: Path
+    incoming_dir: Path
     max_package_bytes: int
     max_uploads: int
     rate_limit_per_second: int
@@ -105,6 +111,7 @@ class ReceiverSettings:
     log_format: str
     log_level: str
     kafka_bootstrap_servers: str | None
+    consul_token: SecretStr | None
 
     @property
     def ledger_path(self) -> Path:
@@ -127,8 +134,9 @@ class ReceiverSettings:
         Raises `SettingsRefused` when the state folder cannot be made or written.
         """
         try:
-            for folder in (self.state_dir, self.packages_dir, self.locks_dir):
+            for folder in (self.state_dir, self.packages_dir, self.locks_dir, self.incoming_dir):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shared = self.incoming_dir.stat().st_mode & 0o022
         except OSError as exc:
             raise SettingsRefused(
                 f"HOOK_RECEIVER_STATE_DIR: {exc.filename or self.state_dir} cannot be made ({exc.strerror}); "
@@ -137,6 +145,11 @@ class ReceiverSettings:
         if not os.access(self.packages_dir, os.W_OK):
             raise SettingsRefused(
                 f"HOOK_RECEIVER_STATE_DIR: {self.packages_dir} cannot be written; give it to this user"
+            )
+        if shared:
+            raise SettingsRefused(
+                f"HOOK_RECEIVER_INCOMING_DIR: others may write to {self.incoming_dir} itself; close it: "
+                f"chmod 2750 {self.incoming_dir} (each deployment gets a folder of its own in it)"
             )
 
 
@@ -154,6 +167,8 @@ def from_environment(
     if (cert is None) != (key is None):
         missing = "HOOK_RECEIVER_TLS_KEY_FILE" if key is None else "HOOK_RECEIVER_TLS_CERT_FILE"
         raise SettingsRefused(f"{missing} is not set; TLS needs both the certificate and its key")
+    state_dir = Path(values.matching("HOOK_RECEIVER_STATE_DIR", r"/.*", "an absolute path"))
+    token = values.text("CONSUL_HTTP_TOKEN")
     return ReceiverSettings(
         host=values.text("HOOK_RECEIVER_HOST"),
         port=values.number("HOOK_RECEIVER_PORT", 1, 65535),
@@ -168,7 +183,11 @@ def from_environment(
         health_check_max_retries=values.number("HEALTH_CHECK_MAX_RETRIES", 1, 1000),
         health_check_retry_interval_ms=values.number("HEALTH_CHECK_RETRY_INTERVAL_MS", 0, 300_000),
         health_check_timeout_ms=values.number("HEALTH_CHECK_TIMEOUT_MS", 1, 300_000),
-        state_dir=Path(values.matching("HOOK_RECEIVER_STATE_DIR", r"/.*", "an absolute path")),
+        state_dir=state_dir,
+        incoming_dir=Path(
+            values.matching("HOOK_RECEIVER_INCOMING_DIR", r"(/.*)?", "an absolute path")
+            or state_dir / "incoming"
+        ),
         max_package_bytes=values.number("HOOK_RECEIVER_MAX_PACKAGE_BYTES", 1, 2**50),
         max_uploads=values.number("HOOK_RECEIVER_MAX_UPLOADS", 1, 64),
         rate_limit_per_second=values.number("HOOK_RECEIVER_RATE_LIMIT_PER_SECOND", 1, 1_000_000),
@@ -177,6 +196,7 @@ def from_environment(
         log_format=values.matching("LOG_FORMAT", "text|json", "text or json"),
         log_level=values.matching("LOG_LEVEL", "DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"),
         kafka_bootstrap_servers=values.text("KAFKA_BOOTSTRAP_SERVERS") or None,
+        consul_token=SecretStr(token) if token else None,
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from uuid import UUID
 
 from prefect.client.orchestration import get_client
@@ -22,6 +23,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.context import TagsContext, TaskRunContext
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
@@ -29,7 +31,7 @@ from prefect.states import Cancelling
 
 from blocks.receiver_client import ReceiverClient, ReceiverError, ReceiverRefused
 from blocks.remote_host import RemoteHost
-from receiver.contract import DeploymentStatus, HostState
+from receiver.contract import DeploymentStatus, HostState, Stage
 from tasks.errors import DeploymentFailed, DeploymentLost, RetryPolicy, StageTimeout
 from tasks.policies import operation
 
@@ -40,6 +42,7 @@ DEAD_AFTER_SECONDS = 10.0
 NOT_FOUND = 404
 _UNENDED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
 _DISPATCH = RetryPolicy(max_attempts=3, timeout_ms=30_000)
+_VERBS = {"receive-container": "receive", "restore-container": "undo"}
 Reached = Callable[[DeploymentStatus], bool]
 Heard = Callable[[DeploymentStatus], Awaitable[None]]
 
@@ -49,18 +52,32 @@ def workflow_tag(workflow_id: str) -> str:
     return f"workflow:{workflow_id}"
 
 
-@operation("start_run_on_host", policy=_DISPATCH)
-async def start_run_on_host(flow_name: str, host: RemoteHost, deployment_id: str, workflow_id: str) -> UUID:
-    """Start `<flow_name>/<host>`; returns the flow run's id. The same call again gives the same run."""
+@contextmanager
+def untagged() -> Iterator[None]:
+    """Tasks within get no tags: Prefect asks its server for a slot for each, and fails without an answer."""
+    with TagsContext(current_tags=set()):
+        yield
+
+
+@operation("start_run_on_host", Stage.DEPLOY, policy=_DISPATCH)
+async def start_run_on_host(
+    flow_name: str, host: RemoteHost, deployment_id: str, workflow_id: str, image: str | None = None
+) -> UUID:
+    """Start `<flow_name>/<host>`; returns the flow run's id. The same call again gives the same run.
+
+    The run is named by `image`, or by the deployment where that is not known.
+    """
     name = f"{flow_name}/{host.deployment_name}"
     try:
-        run = await run_deployment(  # type: ignore[misc]  # async within a task, by prefect's dispatch
-            name,
-            parameters={"deployment_id": deployment_id},
-            timeout=0,
-            tags=[workflow_tag(workflow_id)],
-            idempotency_key=f"{flow_name}-{deployment_id}",
-        )
+        with _as_the_flow():
+            run = await run_deployment(  # type: ignore[misc]  # async within a task, by prefect's dispatch
+                name,
+                parameters={"deployment_id": deployment_id},
+                flow_run_name=f"{_VERBS[flow_name]} {image or deployment_id[:8]} on {host.name}",
+                timeout=0,
+                tags=[workflow_tag(workflow_id)],
+                idempotency_key=f"{flow_name}-{deployment_id}",
+            )
     except ObjectNotFound as exc:
         raise DeploymentFailed(
             f"Prefect knows no deployment {name!r}",
@@ -69,6 +86,16 @@ async def start_run_on_host(flow_name: str, host: RemoteHost, deployment_id: str
         ) from exc
     flow_run_id: UUID = run.id
     return flow_run_id
+
+
+@contextmanager
+def _as_the_flow() -> Iterator[None]:
+    """What starts here is a part of the flow: Prefect's graph hides what belongs to a task inside of it."""
+    token = TaskRunContext.__var__.set(None)  # type: ignore[arg-type]  # as outside of any task
+    try:
+        yield
+    finally:
+        TaskRunContext.__var__.reset(token)
 
 
 async def follow(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from prefect.blocks.system import Secret
 
-from receiver.contract import DeployRequest
+from receiver.contract import DeployRequest, Stage
 from tasks.errors import OPERATION_POLICIES, DeploymentFailed
 from tasks.hosting import this_host
 from tasks.parameters import load_seconds
@@ -50,7 +50,7 @@ async def _secret(variable: str, block: str) -> str:
     return str(secret.get())
 
 
-@operation("deploy_container", attempts=1, timeout=False)
+@operation("deploy_container", Stage.DEPLOY, attempts=1, timeout=False)
 async def deploy_container(deployment_id: str) -> None:
     """Load the verified package and create the new container while the old one serves."""
     operations = this_host().operations(deployment_id)
@@ -58,13 +58,13 @@ async def deploy_container(deployment_id: str) -> None:
     await operations.deploy_container(await resolve_secrets(config.environment_variables))
 
 
-@operation("stop_existing_container", attempts=1, timeout=False)
+@operation("stop_existing_container", Stage.DEPLOY, attempts=1, timeout=False)
 async def stop_existing_container(deployment_id: str) -> None:
     """Stop the old container and keep it for the way back."""
     await this_host().operations(deployment_id).stop_existing_container()
 
 
-@operation("start_container", attempts=1)
+@operation("start_container", Stage.DEPLOY, attempts=1)
 async def start_container(deployment_id: str) -> None:
     """Start the new container under its name."""
     await this_host().operations(deployment_id).start_container()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+RunLogger = logging.Logger | logging.LoggerAdapter[logging.Logger]
 RUN_LOGGERS = ("prefect.flow_runs", "prefect.task_runs")
 _correlation_id: ContextVar[str | None] = ContextVar("correlation_id", default=None)
 

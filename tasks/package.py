@@ -7,6 +7,7 @@ image is still in the engine, and a cached package on disk, before it is believe
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from blake3 import blake3
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.models.images import Image
 from prefect.logging import get_run_logger
+from prefect.utilities.slugify import slugify
 
 from receiver.archive import ArchiveDamaged, archive_contents
 from receiver.contract import ImageAnnouncement, PackageAnnouncement, QualityGate, Stage, WireModel
-from tasks import builder, store
+from tasks import builder, progress, store
+from tasks.build_steps import BuildSteps, is_bookkeeping
 from tasks.context import base_images, fingerprint_context
 from tasks.errors import OPERATION_POLICIES, BuildFailed, RetryPolicy
+from tasks.logs import RunLogger
 from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.policies import operation
 from tasks.stage import StageRun
@@ -102,7 +106,7 @@ def _build_key(_context: Any, arguments: dict[str, Any]) -> str | None:
     return f"build-{fingerprint}" if fingerprint else None
 
 
-@operation("build_docker_image", cache_key=_build_key)
+@operation("build_docker_image", Stage.PACKAGE, cache_key=_build_key)
 async def build_docker_image(
     build: BuildOptions,
     container_name: str,
@@ -110,9 +114,24 @@ async def build_docker_image(
     fingerprint: str | None,
 ) -> str:
     """Build `container_name:image_tag` and return the image's id; the builder's lines go to the log."""
-    say, reference = get_run_logger().info, f"{container_name}:{image_tag}"
-    limit_seconds = build_seconds(build) + _GRACE_SECONDS
-    return await asyncio.to_thread(builder.build_image, build, container_name, reference, say, limit_seconds)
+    reference, limit_seconds = f"{container_name}:{image_tag}", build_seconds(build) + _GRACE_SECONDS
+    async with progress.shown(f"build-{slugify(container_name)}", f"Building {reference}") as tell:
+        say = _log_and_tell(get_run_logger(), tell)
+        return await asyncio.to_thread(
+            builder.build_image, build, container_name, reference, say, limit_seconds
+        )
+
+
+def _log_and_tell(logger: RunLogger, tell: progress.Tell) -> builder.Say:
+    """What to do with each line of the builder, in the thread that builds."""
+    steps = BuildSteps()
+
+    def say(line: str) -> None:
+        logger.log(logging.DEBUG if is_bookkeeping(line) else logging.INFO, "%s", line)
+        if steps.hear(line):
+            tell(steps.percent, steps.told)
+
+    return say
 
 
 def build_seconds(build: BuildOptions) -> float:
@@ -142,7 +161,7 @@ def image_is_in_engine(image_id: str, reference: str) -> bool:
     return bool(image.tag(*reference.split(":", 1)))
 
 
-@operation("gather_metadata")
+@operation("gather_metadata", Stage.PACKAGE)
 async def gather_metadata(image_id: str, reference: str) -> ImageMetadata:
     """Inspect the image."""
     return await asyncio.to_thread(_inspect, image_id, reference)
@@ -175,7 +194,7 @@ def _export_key(_context: Any, arguments: dict[str, Any]) -> str:
     return f"export-{arguments['image_id']}-{arguments['reference']}"
 
 
-@operation("export_image", policy=EXPORT_POLICY, cache_key=_export_key)
+@operation("export_image", Stage.PACKAGE, policy=EXPORT_POLICY, cache_key=_export_key)
 async def export_image(image_id: str, reference: str) -> ImagePackage:
     """Write the image as a docker-archive, hashed with BLAKE3 on the way."""
     return await asyncio.to_thread(_export, image_id, reference)
@@ -233,7 +252,7 @@ class ImageRefused(BuildFailed):
         self.gates = gates
 
 
-@operation("validate_image")
+@operation("validate_image", Stage.PACKAGE)
 async def validate_image(
     metadata: ImageMetadata, package: ImagePackage, build: BuildOptions, host_architecture: str | None
 ) -> list[QualityGate]:

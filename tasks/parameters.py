@@ -17,6 +17,7 @@ from receiver.contract import (
     HealthCheckConfig,
     ImageTag,
     Port,
+    Transport,
     WireModel,
 )
 from tasks.errors import ParametersRefused
@@ -121,6 +122,7 @@ class DeploymentParameters(WireModel):
     rollback_on_failure: bool = True
     deployment_timeout_ms: StageTimeoutMs = Field(default_factory=default_timeout_ms)
     wait_seconds: WaitSeconds = 0
+    transport: Transport = Transport.HTTP
 
 
 def load_seconds(size_bytes: int) -> float:

@@ -11,7 +11,9 @@ from prefect import Task, task
 from prefect.client.schemas.objects import State, TaskRun
 
 from blocks.receiver_client import ReceiverRefused, ReceiverUnreachable
+from receiver.contract import Stage
 from tasks.errors import OPERATION_POLICIES, GantryError, RetryPolicy
+from tasks.wording import run_name_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +58,7 @@ def _allows_another(state: State[Any]) -> bool:
 
 def operation(
     name: str,
+    part: Stage | str | None = None,
     *,
     policy: RetryPolicy | None = None,
     attempts: int | None = None,
@@ -64,8 +67,9 @@ def operation(
 ) -> Callable[[Callable[P, Coroutine[Any, Any, R]]], Task[P, Coroutine[Any, Any, R]]]:
     """A decorator: the operation as a task under the specification's name and policy.
 
-    `attempts=1` is for operations that change a container: they are repeated by nobody but the
-    journal. `timeout=False` is for those whose limit depends on the request: the flow gives it.
+    Its runs are shown under the `part` of the work that they belong to, a stage mostly. `attempts=1` is
+    for operations that change a container: they are repeated by nobody but the journal. `timeout=False`
+    is for those whose limit depends on the request: the flow gives it.
     """
     chosen = policy or OPERATION_POLICIES[name]
     delays_seconds = chosen.delays_seconds()[: attempts - 1 if attempts else None]
@@ -73,7 +77,7 @@ def operation(
     def decorate(function: Callable[P, Coroutine[Any, Any, R]]) -> Task[P, Coroutine[Any, Any, R]]:
         return task(
             name=name,
-            task_run_name=name,
+            task_run_name=run_name_of(name, part),
             retries=len(delays_seconds),
             retry_delay_seconds=delays_seconds or 0,
             retry_condition_fn=retry_only_retryable,

@@ -286,6 +286,12 @@ class Records:
             query = query.where(WORKFLOWS.c.current_state.in_(sorted(UNENDED)))
         return [_record_of(row, "") for row in await self._rows(query)]
 
+    async def of_deployments(self, deployment_ids: Iterable[str]) -> dict[str, WorkflowRecord]:
+        """Workflows by the host's deployment id; those that are not recorded are left out."""
+        query = select(WORKFLOWS).where(WORKFLOWS.c.deployment_id.in_(list(deployment_ids)))
+        found = [_record_of(row, "") for row in await self._rows(query)]
+        return {record.deployment_id: record for record in found if record.deployment_id}
+
     async def unsent(self, limit: int) -> list[OutboxRow]:
         """Events not sent yet, oldest first; the events of one workflow come in their order."""
         query = select(OUTBOX).where(OUTBOX.c.sent_at.is_(None)).order_by(OUTBOX.c.id).limit(limit)

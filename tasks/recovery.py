@@ -19,6 +19,7 @@ from receiver.contract import DeploymentStatus, HostState
 from tasks import dispatch, outcome
 from tasks.errors import GantryError, RetryPolicy
 from tasks.policies import operation
+from tasks.wording import UNDO, run_name_of
 
 R = TypeVar("R")
 OWN_RESTORE_SECONDS = 45.0
@@ -76,13 +77,13 @@ async def wait_for_host(attempt: Attempt) -> DeploymentStatus | None:
     return status
 
 
-async def restore_by_worker(attempt: Attempt) -> DeploymentStatus | None:
-    """Run `restore-container` in the host's own work pool."""
+async def restore_by_worker(attempt: Attempt, status: DeploymentStatus | None) -> DeploymentStatus | None:
+    """Run `restore-container` in the host's own work pool; `status` is what the host said before."""
+    start = dispatch.start_run_on_host.with_options(task_run_name=run_name_of("start_run_on_host", UNDO))
+    image = f"{status.container_name}:{status.image_tag}" if status else None
     flow_run_id = await _try(
         "restore-container",
-        dispatch.start_run_on_host(
-            "restore-container", attempt.host, attempt.deployment_id, attempt.workflow_id
-        ),
+        start("restore-container", attempt.host, attempt.deployment_id, attempt.workflow_id, image),
     )
     if flow_run_id is None:
         return None
@@ -99,7 +100,7 @@ async def restore_by_worker(attempt: Attempt) -> DeploymentStatus | None:
     )
 
 
-@operation("restore_by_receiver", policy=RetryPolicy(timeout_ms=300_000))
+@operation("restore_by_receiver", UNDO, policy=RetryPolicy(timeout_ms=300_000))
 async def _signed_restore(host: RemoteHost, deployment_id: str) -> DeploymentStatus:
     async with host.receiver() as receiver:
         return await receiver.restore(deployment_id)

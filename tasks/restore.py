@@ -18,6 +18,7 @@ from tasks.errors import GantryError, RetryPolicy
 from tasks.hosting import this_host
 from tasks.logs import correlated
 from tasks.policies import operation
+from tasks.wording import UNDO
 
 _RESTORE_SECONDS = 120.0
 _RESTORE = RetryPolicy(max_attempts=1, timeout_ms=int(_RESTORE_SECONDS * 1000))
@@ -78,7 +79,7 @@ async def restore_at_once(held: HeldContainer, deployment_id: str) -> None:
     await this_host().restore(deployment_id)
 
 
-@operation("restore_previous_container", policy=_RESTORE)
+@operation("restore_previous_container", UNDO, policy=_RESTORE)
 async def restore_previous_container(deployment_id: str) -> DeploymentStatus:
     """Take the failed container away and bring the previous one back; idempotent."""
     with correlated(this_host().ledger.get(deployment_id).request.workflow_id):

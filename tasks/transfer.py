@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 
 from prefect.logging import get_run_logger
+from prefect.utilities.slugify import slugify
 
-from blocks.receiver_client import ReceiverError, ReceiverRefused
+from blocks.receiver_client import Progress, ReceiverRefused
 from blocks.remote_host import RemoteHost
 from receiver.contract import (
     DeployAccepted,
@@ -23,20 +24,28 @@ from receiver.contract import (
     QualityGate,
     Stage,
 )
+from tasks import progress, rsync
 from tasks.errors import RetryPolicy, TransferFailed
+from tasks.logs import RunLogger
 from tasks.package import ImagePackage
 from tasks.policies import operation
 from tasks.stage import StageRun
 from tasks.store import package_in_use
+from tasks.wording import size
 
 UPLOAD_POLICY = RetryPolicy(max_attempts=3)
-_PROGRESS_STEPS = 10
+_LOGGED_PERCENT = 10
 _BEFORE_THE_SIGNATURE = frozenset({401, 403, 413, 429})  # answers that prove nothing of the key
 
 
-@operation("establish_connection")
+@operation("establish_connection", Stage.TRANSFER)
 async def establish_connection(host: RemoteHost, correlation_id: str) -> HostHealth:
     """Ask the receiver's health; raises `ReceiverUnreachable`, or `TransferFailed` without an engine."""
+    return await ask_health(host, correlation_id)
+
+
+async def ask_health(host: RemoteHost, correlation_id: str) -> HostHealth:
+    """The health of a host whose engine answers; warns of its clock. Raises as `establish_connection`."""
     async with host.receiver(correlation_id=correlation_id) as receiver:
         health = await receiver.health()
     if not health.docker_connected:
@@ -57,7 +66,7 @@ def _warn_of_skew(health: HostHealth) -> None:
         )
 
 
-@operation("send_deployment_request")
+@operation("send_deployment_request", Stage.TRANSFER)
 async def send_deployment_request(
     host: RemoteHost, request: DeployRequest, idempotency_key: str
 ) -> DeployAccepted:
@@ -66,24 +75,30 @@ async def send_deployment_request(
         return await receiver.announce(request, idempotency_key)
 
 
-@operation("upload_package", policy=UPLOAD_POLICY, timeout=False)
+@operation("upload_package", Stage.TRANSFER, policy=UPLOAD_POLICY, timeout=False)
 async def upload_package(
-    host: RemoteHost, deployment_id: str, package: ImagePackage, correlation_id: str
+    host: RemoteHost,
+    deployment_id: str,
+    package: ImagePackage,
+    correlation_id: str,
+    incoming_path: str | None = None,
 ) -> int:
-    """Send what the host does not hold yet; returns the bytes it took. Tells each tenth of the way."""
-    logger, told = get_run_logger(), 0
+    """Send what the host does not hold yet; returns the bytes it took. Tells each tenth of the way.
 
-    def progress(held_bytes: int, package_bytes: int) -> None:
-        nonlocal told
-        step = held_bytes * _PROGRESS_STEPS // package_bytes
-        if step > told:
-            told = step
-            logger.info("uploaded %d of %d bytes (%d %%)", held_bytes, package_bytes, step * 10)
-
+    By rsync where the host named a path for that.
+    """
+    what = f"Uploading {size(package.size_bytes)} to {host.name}"
     try:
         with package_in_use(package.path):
-            async with host.receiver(correlation_id=correlation_id) as receiver:
-                return await receiver.upload(deployment_id, package.path, progress=progress)
+            async with (
+                progress.shown(f"upload-to-{slugify(host.name)}", what) as tell,
+                host.receiver(correlation_id=correlation_id) as receiver,
+            ):
+                told = _log_and_tell(get_run_logger(), tell)
+                if incoming_path is not None:
+                    goal = rsync.Goal(host, deployment_id, incoming_path)
+                    return await rsync.upload(receiver, goal, package.path, told)
+                return await receiver.upload(deployment_id, package.path, progress=told)
     except FileNotFoundError as exc:
         raise TransferFailed(
             f"the package {package.path} is gone",
@@ -92,7 +107,23 @@ async def upload_package(
         ) from exc
 
 
-@operation("verify_transfer")
+def _log_and_tell(logger: RunLogger, tell: progress.Tell) -> Progress:
+    """What to do with each chunk that has arrived."""
+    logged = 0
+
+    def told(held_bytes: int, package_bytes: int) -> None:
+        nonlocal logged
+        percent = 100 * held_bytes / max(package_bytes, 1)
+        held = f"{size(held_bytes)} of {size(package_bytes)}"
+        tell(percent, held)
+        if percent // _LOGGED_PERCENT > logged:
+            logged = int(percent // _LOGGED_PERCENT)
+            logger.info("uploaded %.0f %% (%s)", percent, held)
+
+    return told
+
+
+@operation("verify_transfer", Stage.TRANSFER)
 async def verify_transfer(host: RemoteHost, deployment_id: str, correlation_id: str) -> DeploymentStatus:
     """The host has verified the whole package; raises `TransferFailed` otherwise."""
     async with host.receiver(correlation_id=correlation_id) as receiver:
@@ -103,15 +134,6 @@ async def verify_transfer(host: RemoteHost, deployment_id: str, correlation_id: 
             retryable=False,
         )
     return status
-
-
-async def probe_architecture(host: RemoteHost, correlation_id: str) -> str | None:
-    """The host's architecture, or None while it cannot be told: stage 2 will say why."""
-    async with host.receiver(correlation_id=correlation_id) as receiver:
-        try:
-            return (await receiver.health()).architecture
-        except ReceiverError:
-            return None
 
 
 @contextmanager

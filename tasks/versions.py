@@ -18,6 +18,7 @@ from receiver.contract import (
     DeployAccepted,
     RollbackRequest,
     RollbackTarget,
+    Stage,
 )
 from tasks.dispatch import NOT_FOUND
 from tasks.errors import OPERATION_POLICIES, DeploymentFailed, ParametersRefused, RetryPolicy
@@ -55,7 +56,7 @@ def check_choice(deployment_id: str | None, container_name: str | None, to_versi
 # -- going back ----------------------------------------------------------------------------------
 
 
-@operation("find_kept_version", policy=_ASKING)
+@operation("find_kept_version", Stage.PACKAGE, policy=_ASKING)
 async def find_kept_version(
     host: RemoteHost, container_name: str, to_version: str | None, correlation_id: str | None = None
 ) -> RollbackTarget:
@@ -64,7 +65,7 @@ async def find_kept_version(
         return await receiver.rollback_target(container_name, to_version)
 
 
-@operation("send_rollback_request", policy=OPERATION_POLICIES["send_deployment_request"])
+@operation("send_rollback_request", Stage.TRANSFER, policy=OPERATION_POLICIES["send_deployment_request"])
 async def send_rollback_request(
     host: RemoteHost, container_name: str, kept_deployment_id: str, workflow_id: str
 ) -> DeployAccepted:

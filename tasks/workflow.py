@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from prefect import tags
 from prefect.context import FlowRunContext
 from prefect.logging import get_run_logger
 from sqlalchemy.exc import DBAPIError
@@ -25,8 +24,8 @@ from blocks.event_broker import find_event_broker
 from blocks.receiver_client import PackageChanged, ReceiverRefused, ReceiverUnreachable
 from blocks.records_database import find_records_url
 from blocks.remote_host import RemoteHost, find_remote_host
-from receiver.contract import DeploymentStatus, ErrorCode, HealthAttempt, Stage
-from tasks import active, dispatch, outcome
+from receiver.contract import DeploymentStatus, ErrorCode, HealthAttempt, Stage, Transport
+from tasks import active, dispatch, narration, outcome, rsync
 from tasks.errors import (
     ERROR_CLASSES,
     DeploymentFailed,
@@ -89,14 +88,14 @@ class Workflow:
     next_step: str = ""
 
     async def advance(self, to_state: WorkflowState, **facts: Any) -> None:
-        """Move on, with facts, history and events, in one transaction; one log line. Prefect is told too.
+        """Move on, with facts, history and events, in one transaction; the log and Prefect are told.
 
         A database that is away is waited for; raises `RecordsUnreachable` when it stays away.
         """
-        events = await self._advance_patiently(to_state, Facts(**facts))
-        get_run_logger().info(
-            "%s -> %s", self.state, to_state, extra={**self.identity, "state": to_state.value}
-        )
+        news = Facts(**facts)
+        events = await self._advance_patiently(to_state, news)
+        for line in narration.lines_of(self.state, to_state, news):
+            get_run_logger().info("%s", line, extra={**self.identity, "state": to_state.value})
         self.state = to_state
         self._wake_relay()
         if self.prefect_events is not None:
@@ -134,12 +133,19 @@ class Workflow:
         except (DBAPIError, OSError) as exc:
             get_run_logger().warning("health attempts are recorded later: %s", exc, extra=self.identity)
             return
+        for attempt in news:
+            get_run_logger().info("%s", narration.attempt_line(attempt), extra=self.identity)
         self.told_attempts += len(news)
         self._wake_relay()
 
     def new_attempts(self, status: DeploymentStatus) -> tuple[HealthAttempt, ...]:
         """Health attempts of the host that were not recorded yet."""
         return tuple(status.health_attempts[self.told_attempts :])
+
+    @property
+    def image(self) -> str:
+        """`hello:v2`: what is deployed."""
+        return f"{self.parameters.container_name}:{self.parameters.image_tag}"
 
     @property
     def identity(self) -> dict[str, str | None]:
@@ -316,6 +322,8 @@ async def open_workflow(parameters: DeploymentParameters) -> AsyncIterator[Workf
     repeats gets a new one, since a workflow that ended never changes.
     """
     host = await find_remote_host(parameters.remote_host, parameters.remote_port)
+    if parameters.transport is Transport.RSYNC:
+        rsync.check(host)
     if engine := await find_build_engine():
         os.environ["DOCKER_HOST"] = engine  # for the SDK and for buildx; a flow run is a process of its own
     workflow_id, flow_run_id = _identity()
@@ -370,7 +378,7 @@ async def _built_image(records: Records, workflow_id: str) -> str | None:
 @asynccontextmanager
 async def _under_way(workflow: Workflow) -> AsyncIterator[Workflow]:
     workflow_id = workflow.workflow_id
-    with correlated(workflow_id), tags(dispatch.workflow_tag(workflow_id)), count_retries():
+    with correlated(workflow_id), count_retries():
         async with (
             telling(workflow.flow_run_id, workflow.host.work_pool_name) as workflow.prefect_events,
             _relaying(workflow.records) as workflow.relay,

@@ -10,7 +10,9 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 _GROUPS = {
     "lab": (
         *("tests/e2e/test_deploy.py", "tests/e2e/test_events.py", "tests/e2e/test_reconcile.py"),
-        *("tests/e2e/test_rollback.py", "tests/e2e/test_secrets.py"),
+        *("tests/e2e/test_rollback.py", "tests/e2e/test_rsync.py", "tests/e2e/test_secrets.py"),
+        *("tests/e2e/test_services.py", "tests/e2e/test_ui.py", "tests/e2e/test_doctor.py"),
+        "tests/e2e/test_provision.py",
     ),
     "faults": ("tests/e2e/test_faults.py",),
     "broker": ("tests/integration/test_monitor_dlq.py", "tests/integration/test_relay.py"),

@@ -16,8 +16,9 @@ from tests.services import postgresql_programs, require_service
 
 _START_SECONDS = 30
 _INITDB = ("-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync")
-# No durability is tested here, so nothing waits for the disk.
-_SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=32MB")
+_SETTINGS = ("shared_buffers=32MB",)
+# Where no durability is tested, nothing waits for the disk.
+_HASTE = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,20 @@ class Cluster:
     programs: Path
     folder: Path
     port: int
+    durable: bool = False
 
     @classmethod
-    def make(cls, port: int) -> Cluster:
-        """Initialise a cluster; fails or skips the test where PostgreSQL is not installed."""
+    def make(cls, port: int, *, durable: bool = False) -> Cluster:
+        """Initialise a cluster; fails or skips the test where PostgreSQL is not installed.
+
+        `durable` waits for the disk as a real one does.
+        """
         programs = postgresql_programs()
         install = "apt-get install -y postgresql-15"
         require_service(programs is not None, "PostgreSQL is not installed", install)
         assert programs is not None
         # Not under tmp_path: its parents are closed to the user that PostgreSQL runs as.
-        cluster = cls(programs, Path(tempfile.mkdtemp(prefix="pg-")), port)
+        cluster = cls(programs, Path(tempfile.mkdtemp(prefix="pg-")), port, durable)
         if account := _account():
             os.chown(cluster.folder, account.pw_uid, account.pw_gid)
         initdb = [*_as_account(), str(programs / "initdb"), "-D", str(cluster.folder / "data"), *_INITDB]
@@ -46,7 +51,8 @@ class Cluster:
     @property
     def command(self) -> list[str]:
         """The server in the foreground; SIGINT ends it with its connections, SIGQUIT at once."""
-        settings = [word for setting in _SETTINGS for word in ("-c", setting)]
+        chosen = _SETTINGS if self.durable else (*_SETTINGS, *_HASTE)
+        settings = [word for setting in chosen for word in ("-c", setting)]
         where = ["-D", str(self.folder / "data"), "-k", str(self.folder), "-h", "127.0.0.1"]
         return [*_as_account(), str(self.programs / "postgres"), *where, "-p", str(self.port), *settings]
 

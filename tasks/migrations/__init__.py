@@ -37,6 +37,16 @@ async def upgrade(url: URL) -> None:
     await asyncio.to_thread(_upgrade_alone, url)
 
 
+async def revision(url: URL) -> str | None:
+    """The revision that the tables of `url` are at; None where there are none. Changes nothing."""
+    engine = make_engine(url, NullPool)
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(_revision)
+    finally:
+        await engine.dispose()
+
+
 def _upgrade_alone(url: URL) -> None:
     with _ALEMBIC, _only_opener(url):
         asyncio.run(_upgrade(url))

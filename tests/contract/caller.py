@@ -18,7 +18,7 @@ from fastapi import FastAPI
 
 from receiver import contract, signing
 from receiver.contract import DeployRequest, ImageAnnouncement, PackageAnnouncement
-from receiver.engine import Engine, EngineInfo, EngineUnreachable, LoadedImage, MadeContainer
+from receiver.engine import Engine, EngineInfo, EngineUnreachable, LoadedImage, MadeContainer, PublishedPort
 
 KEY = b"0123456789abcdef0123456789abcdef-contract"
 REQUEST = DeployRequest(container_name="my-service", image_tag="v1")
@@ -31,11 +31,12 @@ class FakeEngine:
     images: tuple[ImageAnnouncement, ...] = ()
     layers: tuple[str, ...] = ()
     containers: tuple[MadeContainer, ...] = ()
+    published: tuple[PublishedPort, ...] = ()
     down: bool = False
 
     def info(self) -> EngineInfo:
         self._answer()
-        return EngineInfo("20.10.24", "amd64", "linux", "/var/lib/docker")
+        return EngineInfo("20.10.24", "amd64", "linux", "/var/lib/docker", "overlay2")
 
     def find_image(self, announced: ImageAnnouncement) -> LoadedImage | None:
         if announced not in self.images:
@@ -53,6 +54,10 @@ class FakeEngine:
         self._answer()
         wanted = [made for made in self.containers if container_name in (None, made.container_name)]
         return sorted(wanted, key=lambda made: made.created_at, reverse=True)
+
+    def published_ports(self) -> list[PublishedPort]:
+        self._answer()
+        return list(self.published)
 
     def _answer(self) -> None:
         if self.down:

@@ -177,7 +177,21 @@ def furnish(lab: Lab) -> None:
     """Give a lab what deployments need: the sample's context and base image, registered hosts and flows."""
     place_sample(lab)
     hosts = [("--host", f"{host.name}={host.address}") for host in lab.hosts.values()]
-    in_control(lab, "-m", "deployments.setup", *(word for host in hosts for word in host))
+    words = [word for host in hosts for word in host]
+    in_control(lab, "-m", "deployments.setup", *words, "--worker-python", lab.python)
+
+
+def large_build(service: Service) -> dict[str, str]:
+    """`build_options` of an image of 200 MB that does not compress; it answers with "large"."""
+    context = service.lab.state_dir / f"large-{service.name}"
+    context.mkdir(exist_ok=True)
+    (context / "Dockerfile").write_text(
+        f"FROM {BASE_IMAGE}\nCOPY hello /hello\n"
+        "RUN dd if=/dev/urandom of=/blob bs=1048576 count=200 && mkdir /www && echo large > /www/index.html"
+        ' && echo ok > /www/health\nCMD ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"]\n'
+    )
+    (context / "hello").write_text(service.name)
+    return {"build_context": str(context)}
 
 
 def place_sample(lab: Lab) -> None:

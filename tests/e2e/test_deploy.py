@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from deployments.lab import Lab
-from tests.e2e.deploying import Service, events_of, in_control, query, start_run, states_of, wait_for
+from tests.e2e.deploying import (
+    Service,
+    events_of,
+    in_control,
+    large_build,
+    prefect_api,
+    query,
+    start_run,
+    states_of,
+    wait_for,
+)
 from tests.e2e.deploying import outcome as outcome_of
 
 SUCCESS = ["PENDING", "PACKAGING", "TRANSFERRING", "DEPLOYING", "VALIDATING", "COMPLETED"]
@@ -19,6 +29,12 @@ def peak_resident_mb(pid: int) -> float:
     """Most memory that a process ever had resident."""
     peak = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "VmHWM" in line)
     return int(peak.split()[1]) / 1024
+
+
+def operations_of(lab: Lab, workflow_id: str) -> list[str]:
+    """Operations of a workflow's first stage, in order."""
+    sql = "SELECT operations FROM workflow_stage_results WHERE workflow_id = ? ORDER BY stage_number"
+    return [told["name"] for told in json.loads(query(lab, sql, workflow_id)[0]["operations"])]
 
 
 def test_a_first_deployment_a_second_version_and_the_same_again(service: Service) -> None:
@@ -84,6 +100,18 @@ def test_a_failed_health_check_leaves_the_old_version_serving(service: Service) 
         *("DEPLOYMENT_ROLLBACK_INITIATED", "DEPLOYMENT_ROLLBACK_COMPLETED"),
         *("DEPLOYMENT_FAILED", "DEPLOYMENT_DLQ"),
     ]
+
+
+def test_flow_runs_carry_the_workflow_s_id_and_task_runs_no_tag(service: Service) -> None:
+    """For each tag of a task run Prefect asks its server for a slot: a busy server would fail deployments."""
+    broken = service.deploy("v1", HEALTH="broken")
+    tagged = {"flow_runs": {"tags": {"all_": [f"workflow:{broken.run_id}"]}}}
+    runs = prefect_api(service.lab, "POST", "/flow_runs/filter", tagged)
+    assert len(runs) == 2  # on the host, and the rollback
+    ids = [broken.run_id, *(run["id"] for run in runs)]
+    tasks = prefect_api(service.lab, "POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": ids}}})
+    assert tasks
+    assert [task["name"] for task in tasks if task["tags"]] == []
 
 
 def test_a_failed_first_deployment_leaves_nothing(service: Service) -> None:
@@ -155,17 +183,19 @@ def test_a_build_that_fails_touches_nothing_on_the_host(service: Service) -> Non
     assert service.containers() == []
 
 
-def test_an_unreachable_host_ends_the_workflow_before_anything_is_sent(service: Service) -> None:
+def test_an_unreachable_host_ends_the_workflow_before_anything_is_built(service: Service) -> None:
     """REMOTE_ENDPOINT_UNREACHABLE after five attempts, with what to look at."""
     failed = service.deploy("v1", {"remote_port": 8999})
     assert failed.state == "FAILED"
     assert "REMOTE_ENDPOINT_UNREACHABLE" in failed.message
-    assert states_of(service.lab, failed.run_id) == ["PENDING", "PACKAGING", "TRANSFERRING", "FAILED"]
+    assert states_of(service.lab, failed.run_id) == ["PENDING", "PACKAGING", "FAILED"]
+    assert operations_of(service.lab, failed.run_id) == ["check_host"]
+    assert failed.record["error_code"] == "REMOTE_ENDPOINT_UNREACHABLE"
     assert events_of(service.lab, failed.run_id)[-1] == "DEPLOYMENT_DLQ"
 
 
 def test_a_wrong_key_is_refused_and_says_so(furnished: Lab, service: Service) -> None:
-    """A host that was registered with another key answers 401, and nothing is retried or changed."""
+    """A host that was registered with another key answers 401: nothing is built, retried or changed."""
     host = furnished.hosts["host-a"]
     register = ("-m", "deployments.register", "--host", "host-wrong", "--address", host.address)
     in_control(furnished, *register, env={"HMAC_SECRET_KEY": "0" * 64})
@@ -173,6 +203,8 @@ def test_a_wrong_key_is_refused_and_says_so(furnished: Lab, service: Service) ->
     assert failed.state == "FAILED"
     assert "Authentication failed" in failed.message
     assert failed.record["error_code"] == "TRANSFER_FAILED"
+    assert states_of(service.lab, failed.run_id) == ["PENDING", "PACKAGING", "FAILED"]
+    assert operations_of(service.lab, failed.run_id) == ["check_host"]
     assert service.containers() == []
 
 
@@ -214,16 +246,8 @@ def test_wrong_parameters_are_refused_before_anything_is_built(
 def test_a_receiver_that_is_killed_in_mid_upload_is_resumed(service: Service) -> None:
     """The upload goes on from the bytes that the host verified, and the deployment completes."""
     host = service.host
-    context = service.lab.state_dir / f"large-{service.name}"
-    context.mkdir()
-    (context / "Dockerfile").write_text(
-        "FROM gantry-test-base:latest\nCOPY hello /hello\n"
-        "RUN dd if=/dev/urandom of=/blob bs=1048576 count=200 && mkdir /www && echo large > /www/index.html"
-        ' && echo ok > /www/health\nCMD ["/bin/busybox", "httpd", "-f", "-p", "8080", "-h", "/www"]\n'
-    )
-    (context / "hello").write_text(service.name)
     packages = host.folder / "receiver" / "packages"
-    run_id = service.start({**service.parameters("v1"), "build_options": {"build_context": str(context)}})
+    run_id = service.start({**service.parameters("v1"), "build_options": large_build(service)})
     wait_for(
         lambda: any(part.stat().st_size > 20_000_000 for part in packages.glob("*.part")), "the upload begins"
     )

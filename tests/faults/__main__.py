@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests import readme
 from tests.faults import cells as matrix
 from tests.faults import results
 from tests.faults.cells import Cell
@@ -18,9 +19,8 @@ from tests.faults.results import Result
 from tests.faults.running import run_cells
 from tests.faults.site import HOSTS, open_site
 
-PROJECT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
-BEGIN, END = "<!-- faults:begin -->\n", "<!-- faults:end -->"
+README_PART = "faults"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,13 +97,7 @@ def show(options: argparse.Namespace) -> int:
 
 def write_readme(options: argparse.Namespace) -> int:
     """Put the summary between the README's two marks."""
-    readme = PROJECT / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        print(f"README.md holds no {BEGIN.strip()} ... {END}", file=sys.stderr)
-        return 2
-    readme.write_text(f"{before}{begin}{summary(options.result)}{end}{after}")
+    readme.replace(README_PART, summary(options.result))
     return 0
 
 

@@ -87,7 +87,7 @@ from deployments import register
 async def main(hosts):
     await register.main(["--control"])
     for name, address in (host.split("=") for host in hosts):
-        await register.main(["--host", name, "--address", address])
+        await register.main(["--host", name, "--address", address, "--worker-python", sys.executable])
 
 asyncio.run(main(sys.argv[1:]))
 """

@@ -23,6 +23,7 @@ from receiver.engine import PackageRefused, PortTaken
 from receiver.health import ContainerUnwell
 from receiver.ledger import StateConflict
 from receiver.operations import Operations, RestoreFailed, StepFailed
+from tests.consul import documented_consul, instances
 from tests.integration.host_rig import (
     BASE_IMAGE,
     SERVE,
@@ -536,41 +537,49 @@ async def test_a_first_deployment_that_fails_leaves_nothing(rig: Rig, name: str)
 # -- Consul ----------------------------------------------------------------------------------------
 
 
-async def test_a_consul_that_is_down_fails_its_gate_and_not_the_deployment(rig: Rig, name: str) -> None:
-    """The specification lets this operation fail: the container is well."""
-    asked = HealthCheckConfig(
-        health_endpoint=None, quiet_period_ms=100, consul_enabled=True, consul_url="http://127.0.0.1:9"
-    )
+def consul_gate(operations: Operations) -> tuple[bool, str]:
+    """The gate's verdict and its message, when the deployment was kept all the same."""
+    status = operations.ledger.status(operations.deployment_id)
+    assert status.state is S.KEPT
+    gate = next(gate for gate in status.gates if gate.name == "service_registered")
+    assert status.facts.service_registered is gate.passed
+    return gate.passed, gate.message
+
+
+async def keep_with_consul(rig: Rig, name: str, url: str) -> tuple[bool, str]:
+    """Deploy with Consul enabled; what the gate says."""
+    asked = HealthCheckConfig(health_endpoint=None, quiet_period_ms=100, consul_enabled=True, consul_url=url)
     operations = rig.announce(name, health=asked)
     await take_up_to(operations, "keep")
-    status = rig.host.ledger.status(operations.deployment_id)
-    assert status.state is S.KEPT
-    assert status.facts.service_registered is False
-    assert [gate.passed for gate in status.gates if gate.name == "service_registered"] == [False]
+    return consul_gate(operations)
 
 
-async def test_a_service_that_registers_a_moment_later_is_waited_for(rig: Rig, name: str) -> None:
-    """Consul's documented answer is empty first, and lists the service when it is asked again."""
-    answers = [b"[]", b'[{"ServiceName": "web"}]']
+async def test_a_consul_that_is_down_fails_its_gate_and_not_the_deployment(rig: Rig, name: str) -> None:
+    """The specification lets this operation fail: the container is well."""
+    passed, said = await keep_with_consul(rig, name, "http://127.0.0.1:9")
+    assert not passed
+    assert "Consul at http://127.0.0.1:9 cannot be asked: ConnectError" in said
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        assert f"/v1/catalog/service/{name}".encode() in await reader.readuntil(b"\r\n\r\n")
-        body = answers.pop(0)
-        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        await writer.drain()
-        writer.close()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as consul:
-        port = consul.sockets[0].getsockname()[1]
-        asked = HealthCheckConfig(
-            health_endpoint=None,
-            quiet_period_ms=100,
-            consul_enabled=True,
-            consul_url=f"http://127.0.0.1:{port}",
-        )
-        operations = rig.announce(name, health=asked)
-        await take_up_to(operations, "keep")
-    assert operations.entry.facts.service_registered is True
+@pytest.mark.parametrize(
+    ("answers", "passed", "said"),
+    [
+        ((("200 OK", "[]"), instances("passing")), True, "registered; 1 of 1 instance(s) passing"),
+        ((instances("critical", output="refused"),), True, "is critical: refused"),
+        ((("403 Forbidden", "Permission denied"),), False, "refuses the question (403 Permission denied)"),
+        ((("200 OK", "no JSON"),), False, "is no Consul: 200 no JSON"),
+    ],
+    ids=["a moment later", "critical", "no permission", "no Consul"],
+)
+async def test_what_consul_says_is_in_its_gate_and_fails_no_deployment(
+    rig: Rig, name: str, answers: tuple[tuple[str, str], ...], passed: bool, said: str
+) -> None:
+    """Registered is what the specification asks for; the rest is for the person who reads the report."""
+    async with documented_consul(*answers) as agent:
+        gate = await keep_with_consul(rig, name, agent.url)
+    assert gate[0] is passed
+    assert said in gate[1]
+    assert agent.asked[0].startswith(f"GET /v1/health/service/{name} ")
 
 
 async def test_after_a_restore_names_point_to_what_serves(rig: Rig, name: str) -> None:

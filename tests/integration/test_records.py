@@ -423,6 +423,17 @@ async def test_recent_workflows_come_newest_first_and_can_be_filtered(records: R
     assert await ids(container_name="shop", remote_host="target", unfinished=True) == ["w-1"]
 
 
+async def test_workflows_are_found_by_the_hosts_deployment_ids(records: Records) -> None:
+    """Those that are recorded; without an id, and for unknown ones, there is none."""
+    for number in range(3):
+        await records.create(new(f"w-{number}"))
+        await records.note(f"w-{number}", Facts(deployment_id=f"d-{number}"))
+    await records.create(new("w-3"))
+    found = await records.of_deployments(["d-0", "d-2", "d-9"])
+    assert {key: record.workflow_id for key, record in found.items()} == {"d-0": "w-0", "d-2": "w-2"}
+    assert await records.of_deployments([]) == {}
+
+
 async def test_unsent_events_come_in_order_until_they_are_marked(records: Records) -> None:
     """Marked events are gone from the queue; failed ones stay, with the count and the error."""
     await bring_to(records, S.FAILED)

@@ -9,25 +9,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_docker.worker import (  # type: ignore[import-untyped]  # it ships no types
     DockerWorkerJobConfiguration,
 )
 
-from blocks import BlockT, load_if_saved
+from blocks import load_if_saved
 from blocks.hmac_secret import HmacSecret
 from blocks.remote_host import RemoteHost
-from deployments import setup
+from deployments import setup, setup_automations
 from deployments.register import register_control
-from deployments.setup_automations import FOLDER, automations
+from deployments.setup_automations import automations
 from deployments.setup_items import Change, settle
 from tests.integration.prefect_server import running_server
 from tests.services import free_port
 from tests.webhook import HOOK, listening
+
+BlockT = TypeVar("BlockT", bound=Block)
 
 PROJECT = Path(__file__).resolve().parents[2]
 KEY = "k" * 64
@@ -77,13 +80,6 @@ async def everything() -> dict[str, Any]:
     return found
 
 
-async def saved(kind: type[BlockT], name: str) -> BlockT:
-    """The saved block."""
-    block = await load_if_saved(kind, name)
-    assert block is not None
-    return block
-
-
 async def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     """Set-up's lines; fails the test when it fails."""
     code = await setup.main(arguments)
@@ -95,10 +91,21 @@ async def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 async def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What set-up says when it refuses, with the server as it was."""
     before = await everything()
-    with pytest.raises(SystemExit, match=r"^2$"):  # as the interpreter, or argparse before it, ends
-        sys.exit(await setup.main(arguments))
+    code: object
+    try:
+        code = await setup.main(arguments)
+    except SystemExit as exc:  # of argparse
+        code = exc.code
+    assert code == 2
     assert await everything() == before
     return capsys.readouterr().err
+
+
+async def saved_block(kind: type[BlockT], name: str) -> BlockT:
+    """A block that has to be there."""
+    found = await load_if_saved(kind, name)
+    assert found is not None
+    return found
 
 
 def changed(lines: list[str]) -> list[str]:
@@ -128,7 +135,7 @@ async def test_a_plan_says_what_set_up_then_does_and_a_second_run_changes_nothin
         "host-b": "process",
         "builds": "docker",
     }
-    host = await saved(RemoteHost, "host-b")
+    host = await saved_block(RemoteHost, "host-b")
     assert (host.address, host.port, host.work_pool_name) == ("10.0.0.7", 8001, "host-b")
     assert host.hmac_secret is not None
     assert host.hmac_secret.current.get_secret_value() == KEY
@@ -139,7 +146,7 @@ async def test_only_what_changed_is_updated(
     furnished: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another address, key and limit; what a person added to the block stays."""
-    host = await saved(RemoteHost, "host-b")
+    host = await saved_block(RemoteHost, "host-b")
     host.ssh_user = "deploy"
     await host.asave("host-b", overwrite=True)
     monkeypatch.setenv("HMAC_SECRET_KEY", f"{'n' * 64},{KEY}")
@@ -151,10 +158,10 @@ async def test_only_what_changed_is_updated(
         "hmac-secret/host-b: current, previous",
         "remote-host/host-b: address, port, tls",
     ]
-    stored = await saved(RemoteHost, "host-b")
-    assert (stored.base_url, stored.ssh_user) == ("https://10.0.0.8:8443", "deploy")
-    assert stored.hmac_secret is not None
-    assert stored.hmac_secret.current.get_secret_value() == "n" * 64
+    saved = await saved_block(RemoteHost, "host-b")
+    assert (saved.base_url, saved.ssh_user) == ("https://10.0.0.8:8443", "deploy")
+    assert saved.hmac_secret is not None
+    assert saved.hmac_secret.current.get_secret_value() == "n" * 64
 
 
 async def test_a_host_that_was_saved_before_needs_neither_its_key_nor_its_name(
@@ -167,7 +174,7 @@ async def test_a_host_that_was_saved_before_needs_neither_its_key_nor_its_name(
     assert any(line.endswith("receive-container/host-b") for line in lines)
     told = await run(capsys, "--host", HOST)
     assert any("HMAC_SECRET_KEY is not set, the saved key stays" in line for line in told)
-    assert (await saved(HmacSecret, "host-b")).current.get_secret_value() == KEY
+    assert (await saved_block(HmacSecret, "host-b")).current.get_secret_value() == KEY
 
 
 async def test_set_up_and_prefect_deploy_make_the_same_of_prefect_yaml(
@@ -190,7 +197,7 @@ async def test_an_automation_that_was_edited_is_updated_and_one_that_is_off_stay
     with listening():
         await run(capsys, "--notify", HOOK)
     await run(capsys)
-    text = (FOLDER / "deployment-failed.yaml").read_text()
+    text = (setup_automations.FOLDER / "deployment-failed.yaml").read_text()
     (tmp_path / "one.yaml").write_text(text.replace("Deployment failed", "It failed"))
     async with get_client() as client:
         installed = (await client.read_automations_by_name("gantry-deployment-failed"))[0]
@@ -244,7 +251,7 @@ async def test_a_host_without_a_key_is_refused(
     assert "hmac-secret/host-new" in told
 
 
-@pytest.mark.parametrize("url", [None, f"http://127.0.0.1:{free_port()}/api"])
+@pytest.mark.parametrize("url", [None, f"http://127.0.0.1:{free_port()}/api"], ids=["none", "silent"])
 async def test_a_server_that_does_not_answer_is_named_with_how_to_start_one(
     url: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import jsonschema  # type: ignore[import-untyped]  # its types are a package of their own
+import jsonschema
 import pytest
 import yaml
 

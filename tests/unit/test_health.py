@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from receiver import health, settings
+from receiver import settings
 from receiver.contract import HealthAttempt, HealthCheckConfig
 from receiver.engine import ContainerState
 from receiver.health import ContainerUnwell, Probe, ask_until_healthy, check_running, make_probe
@@ -259,20 +259,3 @@ def test_a_container_that_is_not_the_one_started_is_unwell(state: ContainerState
     """A restart loop shows between its crashes as running; it is told apart by count and start."""
     with pytest.raises(ContainerUnwell, match=said):
         check_running(state, RUNNING.started_at)
-
-
-async def test_consul_is_believed_only_with_an_instance() -> None:
-    """An empty list is not registered."""
-
-    def lists(body: str) -> Reply:
-        async def reply(writer: asyncio.StreamWriter) -> None:
-            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-            writer.write(f"{head}{body}".encode())
-            await writer.drain()
-
-        return reply
-
-    async with server(lists("[]"), lists('[{"ID":"1"}]')) as url:
-        consul = url.removesuffix("health")
-        assert not await health.is_registered(consul, "web")
-        assert await health.is_registered(consul, "web")

@@ -17,7 +17,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from blocks.receiver_client import ReceiverRefused, ReceiverUnreachable, Refusal
 from receiver.contract import ErrorCode
-from tasks import dispatch, execute, package, recovery, restore, transfer, validate, versions
+from tasks import dispatch, execute, package, precheck, recovery, restore, transfer, validate, versions
 from tasks.errors import (
     ERROR_CLASSES,
     ERROR_RULES,
@@ -30,7 +30,7 @@ from tasks.errors import (
 )
 from tasks.policies import operation, retry_only_retryable
 
-MODULES = (dispatch, execute, package, recovery, restore, transfer, validate, versions)
+MODULES = (dispatch, execute, package, precheck, recovery, restore, transfer, validate, versions)
 OPERATIONS: dict[str, Task[..., Any]] = {
     found.name: found for module in MODULES for found in vars(module).values() if isinstance(found, Task)
 }
@@ -46,9 +46,9 @@ CHANGES_A_CONTAINER = (
 
 @pytest.mark.parametrize("name", OPERATION_POLICIES)
 def test_every_operation_of_the_specification_is_a_task_of_its_name(name: str) -> None:
-    """Its runs carry the name too, so that the UI shows the specification's words."""
+    """Its runs carry the name too, under their stage, so that the UI shows the specification's words."""
     assert OPERATIONS[name].name == name
-    assert OPERATIONS[name].task_run_name == name
+    assert str(OPERATIONS[name].task_run_name).endswith(f": {name}")
 
 
 @pytest.mark.parametrize("name", [name for name in OPERATION_POLICIES if name not in LIMITED_BY_THE_REQUEST])
@@ -75,6 +75,13 @@ def test_operations_of_the_control_host_are_retried_as_the_table_says(name: str)
     policy = OPERATION_POLICIES[name]
     assert OPERATIONS[name].retries == policy.max_attempts - 1
     assert OPERATIONS[name].retry_delay_seconds == policy.delays_seconds()
+
+
+def test_the_check_before_a_build_is_as_patient_as_the_connection_after_it() -> None:
+    """A cut that a deployment gets over in stage 2 does not fail it in stage 1."""
+    check, connection = OPERATIONS["check_host"], OPERATIONS["establish_connection"]
+    assert (check.retries, check.retry_delay_seconds) == (connection.retries, connection.retry_delay_seconds)
+    assert check.timeout_seconds == connection.timeout_seconds
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES_A_CONTAINER))

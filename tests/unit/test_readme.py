@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
+import yaml
+
+from deployments.service_files import ServiceFile
 from deployments.setup_automations import definitions
+from flows.provision import provision_host
 from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
 from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.prefect_events import NAMES, ROLLBACK_FAILED
+from tasks.provisioning import ProvisionParameters
 from tasks.states import TRIGGERS, WorkflowState
+from tests import readme
 from tests.faults import __main__ as faults
 
-PROJECT = Path(__file__).resolve().parents[2]
-README = (PROJECT / "README.md").read_text()
+PROJECT = readme.PROJECT
+README = readme.README.read_text()
 
 
 def table_after(heading: str) -> list[list[str]]:
@@ -60,6 +65,18 @@ def test_the_parameters_are_the_documented_ones() -> None:
     assert re.findall(r"`(\w+)`", options) == list(BuildOptions.model_fields)
 
 
+def test_the_keys_of_service_files_are_the_documented_ones() -> None:
+    """Each key, in the order of the model."""
+    assert [row[0].strip("`") for row in table_after("### Service files")] == list(ServiceFile.model_fields)
+
+
+def test_the_parameters_of_a_new_host_are_the_documented_ones() -> None:
+    """Every parameter of `provision-host`."""
+    rows = table_after("## A second host")
+    assert [row[0].strip("`") for row in rows] == list(ProvisionParameters.model_fields)
+    assert list(provision_host.parameters.properties) == list(ProvisionParameters.model_fields)
+
+
 def test_the_error_codes_are_the_documented_ones() -> None:
     """All seven, each with what follows."""
     assert {row[0].strip("`") for row in table_after("shows its report")} == {*ErrorCode}
@@ -82,7 +99,7 @@ def test_the_prefect_events_are_the_documented_ones() -> None:
 
 def test_every_link_into_the_repository_leads_somewhere() -> None:
     """Files are there; a test that is named is in its file."""
-    for text, target in re.findall(r"\[`?([^\]`]+)`?\]\(([^)]+)\)", README):
+    for text, target in re.findall(r"\[`?([^\]`]+)`?\]\(([^)#]+)\)", README):
         path = PROJECT / target
         assert path.exists(), target
         if text.startswith("test_"):
@@ -91,4 +108,11 @@ def test_every_link_into_the_repository_leads_somewhere() -> None:
 
 def test_the_summary_of_the_faults_is_that_of_their_results() -> None:
     """As `python -m tests.faults readme` writes it."""
-    assert faults.BEGIN + faults.summary(faults.RESULTS) + faults.END in README
+    assert readme.marked(faults.README_PART, faults.summary(faults.RESULTS)) in README
+
+
+def test_the_service_file_of_the_readme_is_right() -> None:
+    """Word for word."""
+    example = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert example
+    assert ServiceFile.model_validate(yaml.safe_load(example[1])).schedule

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from receiver.contract import ErrorCode, OperationResult, QualityGate, Stage
-from tasks.reporting import _fenced, render_report
+from receiver.contract import (
+    DeploymentStatus,
+    ErrorCode,
+    HealthAttempt,
+    HostFacts,
+    HostState,
+    OperationResult,
+    QualityGate,
+    Stage,
+)
+from tasks.report import fenced, render_report
 from tasks.results import DeploymentResult
 from tasks.states import StageResult, WorkflowState
 
@@ -64,6 +73,26 @@ def stage(message: str = "", *, success: bool = False) -> StageResult:
     )
 
 
+def status(log_tail: str = "", **fields: Any) -> DeploymentStatus:
+    """What the host said last; fields replace."""
+    given: dict[str, Any] = {
+        "deployment_id": "d1",
+        "workflow_id": "w1",
+        "container_name": "web",
+        "image_tag": "v2",
+        "state": HostState.RESTORED,
+        "upload_offset": 0,
+        "package_bytes": 3_000_000,
+        "facts": HostFacts(log_tail=log_tail, service_interruption_ms=900),
+        "operations": [],
+        "health_attempts": [],
+        "gates": [],
+        "created_at": NOW,
+        "updated_at": NOW,
+    }
+    return DeploymentStatus.model_validate(given | fields)
+
+
 def rows(report: str) -> list[str]:
     """The lines of the report's tables."""
     return [line for line in report.splitlines() if line.startswith("|")]
@@ -72,9 +101,9 @@ def rows(report: str) -> list[str]:
 def test_the_outcome_comes_first() -> None:
     """What, where, how it ended, and what serves now, before any table."""
     lines = render_report(result(), [stage()]).splitlines()
-    assert lines[0] == "# web:v2 on host-a: ROLLBACK_COMPLETED"
+    assert lines[0] == "# ✗ web:v2 on host-a: ROLLBACK_COMPLETED"
     assert lines[2] == "**rolled back: the previous container serves** after 12.3 s"
-    assert lines[4] == "`HEALTH_CHECK_FAILED`: answered 500"
+    assert lines[4] == "**Cause**: `HEALTH_CHECK_FAILED`: answered 500"
 
 
 def test_a_success_says_where_the_service_answers() -> None:
@@ -87,8 +116,10 @@ def test_a_success_says_where_the_service_answers() -> None:
         error_code=None,
         error_message=None,
     )
-    report = render_report(done, [stage(success=True)], log_tail="listening")
-    assert "**web:v2 serves** after 12.3 s, at http://10.0.0.7:8060" in report
+    report = render_report(done, [stage(success=True)], status("listening"))
+    assert report.startswith("# ✓ web:v2 on host-a: COMPLETED\n")
+    link = "[http://10.0.0.7:8060](http://10.0.0.7:8060)"
+    assert f"**web:v2 serves** after 12.3 s, at {link}" in report
     assert "listening" not in report
     assert "failed" not in report
 
@@ -96,21 +127,66 @@ def test_a_success_says_where_the_service_answers() -> None:
 def test_the_operation_that_failed_stands_out_with_its_message() -> None:
     """Stage and operation with their times, and the gate."""
     assert rows(render_report(result(), [stage("answered 500")])) == [
-        "| stage | operation | took | |",
+        "| Summary | |",
+        "|---|---|",
+        "| Rollback | ✓ in 0 ms |",
+        "| Stage | Operation | Took | |",
         "|---|---|---:|---|",
-        "| **health_validation** | | 700 ms | **failed** |",
-        "| | validate_health_endpoint | 650 ms | **failed** answered 500 |",
-        "| quality gate | | |",
+        "| **4\u00a0validate** | | **700\u00a0ms** | ✗ **failed** |",
+        "| | validate_health_endpoint | 650\u00a0ms | ✗ **failed** answered 500 |",
+        "| Quality gate | | |",
         "|---|---|---|",
-        "| health_endpoint_responding | **failed** | answered 500 |",
+        "| health_endpoint_responding | ✗ **failed** | answered 500 |",
     ]
 
 
 def test_the_next_step_and_the_containers_last_words_are_shown() -> None:
     """The log as it came, in a block of its own."""
-    report = render_report(result(), [], log_tail="boot\n  boom | <b>\n\n", next_step="Check the port.")
-    assert "\nNext: Check the port.\n" in report
+    report = render_report(result(), [], status("boot\n  boom | <b>\n\n"), next_step="Check the port.")
+    assert "\n**Next**: Check the port.\n" in report
     assert "\n```text\nboot\n  boom | <b>\n```\n" in report
+
+
+@pytest.mark.parametrize(
+    ("sent_bytes", "told"),
+    [
+        (3_000_000, "3.0 MB sent"),
+        (1_200_000, "1.2 MB sent, 1.8 MB reused: the host had them"),
+        (0, "0 B sent, 3.0 MB reused: the host had them"),
+    ],
+)
+def test_the_summary_says_what_travelled_and_how_long_nothing_served(sent_bytes: int, told: str) -> None:
+    """Size of the image, bytes sent and reused, and the time without service."""
+    measured = result(
+        image_size_bytes=4_210_000,
+        image_id="sha256:" + "a" * 64,
+        deployment_metrics={"transferred_bytes": sent_bytes},
+    )
+    assert rows(render_report(measured, [], status()))[2:5] == [
+        f"| Image | 4.2 MB, `sha256:{'a' * 12}` |",
+        f"| Transferred | {told} |",
+        "| Without service | 900 ms |",
+    ]
+
+
+def test_a_rollback_by_hand_sends_nothing() -> None:
+    """There is no package to count against."""
+    kept = result(deployment_metrics={"transferred_bytes": 0}, rollback_result=None)
+    report = render_report(kept, [], status(package_bytes=None))
+    assert "| Transferred | nothing had to be sent |" in report
+
+
+def test_each_health_attempt_is_a_row() -> None:
+    """Its number, verdict, answer, time and moment; one without an answer says why."""
+    attempts = [
+        HealthAttempt(attempt=1, checked_at=NOW, status="failed", duration_ms=5000, message="no answer"),
+        HealthAttempt(attempt=2, checked_at=NOW, status="passed", status_code=200, duration_ms=12),
+    ]
+    report = render_report(result(), [], status(health_attempts=attempts))
+    assert rows(report)[-2:] == [
+        "| 1 | ✗ **failed** | no answer | 5.0\u00a0s | 2026-11-23 12:00 UTC |",
+        "| 2 | ✓ | HTTP 200 | 12\u00a0ms | 2026-11-23 12:00 UTC |",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +194,9 @@ def test_the_next_step_and_the_containers_last_words_are_shown() -> None:
 )
 def test_no_message_breaks_the_table(text: str) -> None:
     """Every row keeps its cells, whatever a builder or a host said."""
-    for line in rows(render_report(result(), [stage(text)]))[3::3]:
+    told = [line for line in rows(render_report(result(), [stage(text)])) if "✗" in line]
+    assert len(told) == 3
+    for line in told:
         bare = line.replace("\\\\", "").replace("\\|", "")
         assert bare.count("|") in {4, 5}, line
         assert line.endswith(" |")
@@ -136,7 +214,7 @@ def test_a_message_cannot_bring_html_into_the_page() -> None:
 @pytest.mark.parametrize("text", ["```", "a\n```\nb", "````\n# heading"])
 def test_no_text_ends_its_own_block(text: str) -> None:
     """The fence is longer than any in the text."""
-    first, *inner, last = _fenced("text", text).splitlines()
+    first, *inner, last = fenced("text", text).splitlines()
     assert inner == text.splitlines()
     assert last == first.removesuffix("text")
     assert last not in inner
@@ -145,7 +223,7 @@ def test_no_text_ends_its_own_block(text: str) -> None:
 def test_no_secret_is_shown() -> None:
     """Neither from the log, nor from messages, the error or the next step."""
     leak = f"DB_PASSWORD={SECRET} and postgres://app:{SECRET}@db/app"
-    report = render_report(result(error_message=leak), [stage(leak)], log_tail=leak, next_step=leak)
+    report = render_report(result(error_message=leak), [stage(leak)], status(leak), next_step=leak)
     assert SECRET not in report
     assert report.count("DB_PASSWORD=***") == 5
 
