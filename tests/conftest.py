@@ -8,13 +8,15 @@ from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
 
 # In the order in which they are begun: the longest first, so that both processes end at about the same time.
 _GROUPS = {
-    "lab": (
+    "deployments": (
         *("tests/e2e/test_deploy.py", "tests/e2e/test_events.py", "tests/e2e/test_reconcile.py"),
         *("tests/e2e/test_rollback.py", "tests/e2e/test_rsync.py", "tests/e2e/test_secrets.py"),
+    ),
+    "faults": ("tests/e2e/test_faults.py",),
+    "set-up": (
         *("tests/e2e/test_services.py", "tests/e2e/test_ui.py", "tests/e2e/test_doctor.py"),
         "tests/e2e/test_provision.py",
     ),
-    "faults": ("tests/e2e/test_faults.py",),
     "broker": ("tests/integration/test_monitor_dlq.py", "tests/integration/test_relay.py"),
 }
 
