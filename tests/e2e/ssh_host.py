@@ -21,7 +21,7 @@ from tasks.wheelhouse import Platform, make
 from tests.e2e.deploying import Outcome, outcome, prefect_api, start_run, wait_for
 
 SSHD = "/usr/sbin/sshd"
-SSH_PORT = 2222
+SSH_PORT = 2223
 _CONFIG = """\
 Port {port}
 ListenAddress {address}
@@ -50,7 +50,7 @@ class SshHost:
     @property
     def folder(self) -> Path:
         """Keys and configuration of the SSH server."""
-        return self.host.folder / "provisioning-ssh"
+        return self.host.folder / "ssh-provision"
 
     @property
     def prefix(self) -> Path:
@@ -131,7 +131,7 @@ def ssh_host(lab: Lab) -> Iterator[SshHost]:
         yield host
     finally:
         host.clean()
-        host.host.services["sshd"].stop()
+        host.host.services["sshd-provision"].stop()
 
 
 def _start_server(host: SshHost) -> None:
@@ -143,7 +143,7 @@ def _start_server(host: SshHost) -> None:
     shutil.copy(host.folder / "id.pub", host.folder / "authorized_keys")
     config = _CONFIG.format(port=SSH_PORT, address=host.host.address, folder=host.folder)
     (host.folder / "sshd_config").write_text(config)
-    server = host.host.spawn("sshd", SSHD, "-D", "-e", "-f", str(host.folder / "sshd_config"))
+    server = host.host.spawn("sshd-provision", SSHD, "-D", "-e", "-f", str(host.folder / "sshd_config"))
     wait_for(lambda: "Server listening" in server.log_text(), "the SSH server", seconds=20)
 
 
