@@ -25,6 +25,7 @@ from tasks.verdicts import Verdict
 # As patient as the connection of stage 2; a try ends before its time is up, so that it is told as what it is.
 _POLICY = OPERATION_POLICIES["establish_connection"]
 _TRY_SECONDS = _POLICY.timeout_ms / 1000 - 0.5
+_POOL_SECONDS = 2.0
 _NOT_FOUND = 404
 
 
@@ -52,9 +53,9 @@ async def _ask_signed(host: RemoteHost, correlation_id: str) -> None:
 async def warn_of_pool(host: RemoteHost) -> None:
     """Log what keeps the host's worker from taking the run of stage 3."""
     try:
-        async with get_client() as client:
+        async with asyncio.timeout(_POOL_SECONDS), get_client() as client:
             pool = await find_pool(client, host.work_pool_name)
-    except httpx.HTTPError:
+    except (httpx.HTTPError, TimeoutError):
         return  # a busy server: stage 3 asks it again, and tells
     for check in judge_pool(host.work_pool_name, pool, "register the host: python -m deployments.register"):
         if check.verdict is not Verdict.PASS:
