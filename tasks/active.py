@@ -27,6 +27,7 @@ from tasks.schema import make_engine
 SLOTS = "gantry-deployments"
 SLOT_LEASE_SECONDS = 60
 POLL_SECONDS = 1.0
+SETTLING_SECONDS = 60.0
 _KEEP_SECONDS = 2.0
 # A holder whose machine lost its power is found out within half a minute, not after two hours.
 _KEEPALIVE = "SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3"
@@ -41,7 +42,27 @@ class DeploymentUnderWay(GantryError):
 @asynccontextmanager
 async def held_if_free(records: Records, container_name: str, remote_host: str) -> AsyncIterator[bool]:
     """Whether nobody deploys the container to the host; if so nobody else does within the block."""
-    key = blake3(f"{container_name}@{remote_host}".encode())
+    async with _held(records, f"{container_name}@{remote_host}") as is_held:
+        yield is_held
+
+
+@asynccontextmanager
+async def settling_if_free(records: Records, container_name: str, remote_host: str) -> AsyncIterator[bool]:
+    """The same for whoever ends a workflow whose run died: deployments wait for that, and are not refused."""
+    async with (
+        _held(records, _settling(container_name, remote_host)),
+        held_if_free(records, container_name, remote_host) as is_held,
+    ):
+        yield is_held
+
+
+def _settling(container_name: str, remote_host: str) -> str:
+    return f"{container_name}@{remote_host}/settling"
+
+
+@asynccontextmanager
+async def _held(records: Records, name: str) -> AsyncIterator[bool]:
+    key = blake3(name.encode())
     if records.url.get_backend_name() == "sqlite":
         folder = Path(f"{records.url.database}.locks")
         with _file_lock(folder / key.hexdigest()[:32]) as is_held:
@@ -68,23 +89,35 @@ async def slot() -> AsyncIterator[None]:
 async def alone(
     records: Records, container_name: str, remote_host: str, wait_seconds: float, say: Callable[[str], None]
 ) -> AsyncIterator[None]:
-    """Be the only deployment of the container to the host.
+    """Be the only deployment of the container to the host; one that died is waited for while it is ended.
 
     Raises `DeploymentUnderWay` at once, or after `wait_seconds`, naming who holds the place since when.
     """
-    deadline, told = time.monotonic() + wait_seconds, False
+    began, told, is_last_look = time.monotonic(), False, False
     while True:
         async with held_if_free(records, container_name, remote_host) as is_held:
             if is_held:
                 yield
                 return
         holder = await _holder(records, container_name, remote_host)
-        if time.monotonic() >= deadline:
-            raise DeploymentUnderWay(holder)
+        waited_seconds = time.monotonic() - began
+        if waited_seconds >= wait_seconds and not (
+            waited_seconds < SETTLING_SECONDS
+            and await _is_being_settled(records, container_name, remote_host)
+        ):
+            if is_last_look:
+                raise DeploymentUnderWay(holder)
+            is_last_look = True  # it may have been settled between the two looks
+            continue
         if not told:
             say(f"{holder}; waiting for it")
-        told = True
+        told, is_last_look = True, False
         await asyncio.sleep(POLL_SECONDS)
+
+
+async def _is_being_settled(records: Records, container_name: str, remote_host: str) -> bool:
+    async with _held(records, _settling(container_name, remote_host)) as is_free:
+        return not is_free
 
 
 async def _holder(records: Records, container_name: str, remote_host: str) -> str:

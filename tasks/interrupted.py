@@ -51,7 +51,7 @@ async def unfinished(
 @asynccontextmanager
 async def taken_over(records: Records, record: WorkflowRecord) -> AsyncIterator[Workflow | None]:
     """The workflow to be ended, alone with its container; None while its run lives, or when it has ended."""
-    async with active.held_if_free(records, record.container_name, record.remote_host) as is_free:
+    async with active.settling_if_free(records, record.container_name, record.remote_host) as is_free:
         if not is_free:
             yield None
             return

@@ -37,6 +37,9 @@ def browser(furnished: Lab) -> Iterator[Browser]:
             yield browser
     finally:
         driver.stop()
+        del furnished.control.services[
+            "chromedriver"
+        ]  # the other tests of this lab see that all services live
 
 
 def nodes_of(lab: Lab, run_id: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ import pytest
 from prefect.testing.utilities import prefect_test_harness
 
 from deployments.register import limit_deployments
-from tasks.active import DeploymentUnderWay, alone, held_if_free, slot
+from tasks.active import DeploymentUnderWay, alone, held_if_free, settling_if_free, slot
 from tasks.records import NewWorkflow, Records
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,26 @@ async def test_a_container_on_a_host_is_held_once(records_url: str) -> None:
                 assert elsewhere
         async with held_if_free(records, "web", "host-b") as afterwards:
             assert afterwards
+
+
+async def test_a_deployment_waits_while_the_one_before_it_is_being_ended(records_url: str) -> None:
+    """Whoever ends a dead run's workflow is no deployment: nobody is refused for it."""
+    async with await Records.open(records_url) as records:
+        began = asyncio.Event()
+
+        async def settle() -> None:
+            async with settling_if_free(records, "web", "host-b") as is_held:
+                assert is_held
+                began.set()
+                await asyncio.sleep(1.5)
+
+        settling = asyncio.create_task(settle())
+        await began.wait()
+        async with alone(records, "web", "host-b", 0, print):
+            assert settling.done()
+            async with settling_if_free(records, "web", "host-b") as is_held:
+                assert not is_held
+        await settling
 
 
 async def test_a_killed_holder_holds_nothing(records_url: str) -> None:
