@@ -110,9 +110,11 @@ class RemoteHost(Block):
     @property
     def work_pool_name(self) -> str:
         """The work pool whose worker runs on the host: `host-<name>`, or a name that begins so itself."""
-        if self.work_pool:
-            return self.work_pool
-        return self.name if self.name.startswith(POOL_PREFIX) else f"{POOL_PREFIX}{self.name}"
+        return self.pool_under(self.name)
+
+    def pool_under(self, name: str) -> str:
+        """The same for a host that is saved, or going to be, under `name`."""
+        return self.work_pool or (name if name.startswith(POOL_PREFIX) else f"{POOL_PREFIX}{name}")
 
     @property
     def deployment_name(self) -> str:

@@ -18,7 +18,7 @@ from blocks.hmac_secret import HmacSecret
 from blocks.receiver_client import ReceiverError
 from blocks.remote_host import RemoteHost
 from receiver.contract import Port
-from tasks import provision, provisioning, registration
+from tasks import provision, provisioning
 from tasks.errors import GantryError
 from tasks.provision import Plan
 from tasks.provisioning import ProvisionParameters
@@ -91,7 +91,7 @@ async def provision_host(
 async def _provision(asked: ProvisionParameters, saved: RemoteHost | None) -> dict[str, Any]:
     provisioning.check_paths(asked)
     host = provisioning.host_block(asked, saved)
-    pool = registration.pool_of(asked.name, host)
+    pool = host.pool_under(asked.name)
     plan = await _make_plan(asked)
     await provision.prepare_host(plan)
     if not plan.is_installed:

@@ -299,7 +299,7 @@ async def register_host(
 ) -> None:
     """Blocks, work pool, and one Prefect deployment of each flow that the host's worker runs."""
     saved = await registration.save_host(name, host, secret)
-    pool = registration.pool_of(name, saved)
+    pool = saved.pool_under(name)
     await registration.ensure_work_pool(pool)
     for flow in flows:
         await registration.register_flow(flow, name, pool, registration.host_variables(saved))
@@ -308,7 +308,7 @@ async def register_host(
 @operation("forget_host", policy=_QUICK)
 async def forget_host(name: str, host: RemoteHost) -> list[str]:
     """Prefect knows nothing of the host any more; returns what it knew."""
-    return await registration.forget_host(name, registration.pool_of(name, host))
+    return await registration.forget_host(name, host.pool_under(name))
 
 
 @operation("await_worker", policy=RetryPolicy(max_attempts=1, timeout_ms=120_000))

@@ -16,14 +16,9 @@ from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.processutils import command_to_string
 
 from blocks.hmac_secret import HmacSecret
-from blocks.remote_host import POOL_PREFIX, RemoteHost
+from blocks.remote_host import RemoteHost
 
 HOST_FLOWS = ("receive-container", "restore-container")
-
-
-def pool_of(name: str, host: RemoteHost) -> str:
-    """Work pool of a host that is saved, or going to be, under this name."""
-    return host.work_pool or (name if name.startswith(POOL_PREFIX) else f"{POOL_PREFIX}{name}")
 
 
 async def ensure_work_pool(name: str) -> WorkPool:

@@ -17,7 +17,7 @@ from tests.services import require_service
 
 PORT = 2222
 SSHD = "/usr/sbin/sshd"
-_CONFIG = """
+CONFIG = """\
 Port {port}
 ListenAddress {address}
 HostKey {folder}/host_key
@@ -76,7 +76,7 @@ def ssh_server(lab: Lab, host: Host) -> Iterator[SshServer]:
     _make_keys(server.folder, host.address)
     Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     config = server.folder / "sshd_config"
-    config.write_text(_CONFIG.format(port=PORT, address=host.address, folder=server.folder))
+    config.write_text(CONFIG.format(port=PORT, address=host.address, folder=server.folder))
     sshd = host.spawn("sshd", SSHD, "-D", "-e", "-f", str(config))
     wait_until(lambda: _listens(lab, host), "sshd", deadline_seconds=20, services=[sshd])
     try:

@@ -19,21 +19,9 @@ from deployments.supervisor import Site, status, supervisor_pid
 from tasks import host_commands
 from tasks.wheelhouse import Platform, make
 from tests.e2e.deploying import Outcome, outcome, prefect_api, start_run, wait_for
+from tests.e2e.ssh import CONFIG, SSHD
 
-SSHD = "/usr/sbin/sshd"
 SSH_PORT = 2223
-_CONFIG = """\
-Port {port}
-ListenAddress {address}
-HostKey {folder}/host_key
-PidFile none
-AuthorizedKeysFile {folder}/authorized_keys
-PasswordAuthentication no
-KbdInteractiveAuthentication no
-PermitRootLogin prohibit-password
-UsePAM no
-StrictModes no
-"""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -141,7 +129,7 @@ def _start_server(host: SshHost) -> None:
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(host.folder / name)]
         subprocess.run(command, check=True)
     shutil.copy(host.folder / "id.pub", host.folder / "authorized_keys")
-    config = _CONFIG.format(port=SSH_PORT, address=host.host.address, folder=host.folder)
+    config = CONFIG.format(port=SSH_PORT, address=host.host.address, folder=host.folder)
     (host.folder / "sshd_config").write_text(config)
     server = host.host.spawn("sshd-provision", SSHD, "-D", "-e", "-f", str(host.folder / "sshd_config"))
     wait_for(lambda: "Server listening" in server.log_text(), "the SSH server", seconds=20)

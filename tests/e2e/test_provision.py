@@ -15,7 +15,8 @@ import pytest
 from deployments.lab import Lab
 from deployments.supervisor import read_environment
 from tests.e2e.deploying import Service, wait_for
-from tests.e2e.ssh_host import SSHD, SshHost, ssh_host
+from tests.e2e.ssh import SSHD
+from tests.e2e.ssh_host import SshHost, ssh_host
 from tests.services import require_service
 
 
