@@ -7,6 +7,7 @@ python -m tests.faults table | readme [--result FILE]
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,6 +111,7 @@ def summary(result: Path) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Do what the arguments say; returns the exit code."""
     options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what was set up is taken away
     return {"run": run, "table": show, "readme": write_readme}[options.action](options)
 
 

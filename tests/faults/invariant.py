@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from docker.errors import DockerException
 from requests.exceptions import RequestException
 
@@ -25,6 +26,7 @@ _LAST_EVENTS = {
 }
 _UNFINISHED = {"ready", "prepared", "switching", "validating", "failed", "restoring", "restore_failed"}
 _ANSWER_SECONDS = 5.0
+_STATE_DIR = "HOOK_RECEIVER_STATE_DIR"
 
 
 @dataclass
@@ -69,7 +71,7 @@ def look(site: Site, attempt: Attempt) -> Sight:
     left = dict(_left_over(attempt, now))
     told = [problem for row in begun for problem in _events_problems(site, row)]
     violations = [*_serving_problems(attempt, tag, now), *_record_problems(begun, tag, attempt, now)]
-    violations += [*told, *_ledger_problems(attempt), *left]
+    violations += [*told, *_ledger_problems(attempt), *_held_locks(site, attempt), *left]
     return Sight(
         serving={attempt.old: "old", attempt.new: "broken" if attempt.cell.point.is_rollback else "new"}.get(
             tag or "", tag or "nothing"
@@ -149,6 +151,16 @@ def _ledger_problems(attempt: Attempt) -> Iterator[str]:
             yield f"the host's deployment {entry['deployment_id'][:8]} is {entry['state']}"
 
 
+def _held_locks(site: Site, attempt: Attempt) -> Iterator[str]:
+    """The locks of the container, on its host and beside the records."""
+    service = attempt.lane.service
+    if f"{service.name}.lock" in facts.held_locks(Path(service.host.environment[_STATE_DIR]) / "locks"):
+        yield "the container's lock is held on the host"
+    name = blake3(f"{service.name}@{service.host.name}".encode()).hexdigest()[:32]
+    if name in facts.held_locks(Path(f"{facts.home(site.lab) / 'records.db'}.locks")):
+        yield "the container is locked beside the records"
+
+
 def _left_over(attempt: Attempt, now: OnHost) -> Iterator[tuple[str, int]]:
     """Each thing of ours that nothing needs any more, with its bytes."""
     service = attempt.lane.service
@@ -161,7 +173,7 @@ def _left_over(attempt: Attempt, now: OnHost) -> Iterator[tuple[str, int]]:
             yield f"image {image[:19]} is left", size_bytes
     entries = facts.ledger(service.host, service.name)
     mine = {entry["deployment_id"] for entry in entries} - _resumable(attempt, entries)
-    for path in Path(service.host.environment["HOOK_RECEIVER_STATE_DIR"]).glob("packages/*"):
+    for path in Path(service.host.environment[_STATE_DIR]).glob("packages/*"):
         if path.name.partition(".")[0] in mine:
             yield f"package {path.name} is left", path.stat().st_size
 

@@ -50,8 +50,17 @@ def _on_each_host(site: Site, rounds: Sequence[Sequence[Cell]], run: Run) -> Non
             run(list(site.lanes[host]), together)
 
     with ThreadPoolExecutor(len(site.lanes)) as threads:
-        for done in [threads.submit(work, host) for host in site.lanes]:
-            done.result()
+        try:
+            for done in [threads.submit(work, host) for host in site.lanes]:
+                done.result()
+        finally:  # whoever ends the run waits for the rounds under way, not for all
+            _empty(waiting)
+
+
+def _empty(waiting: SimpleQueue[Sequence[Cell]]) -> None:
+    with suppress(Empty):
+        while True:
+            waiting.get_nowait()
 
 
 def _run(site: Site, lanes: Sequence[Lane], together: Sequence[Cell], *, follow_up: bool) -> list[Result]:
