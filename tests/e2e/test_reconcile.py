@@ -130,6 +130,17 @@ def test_a_second_deployment_is_refused_and_told_who_deploys(service: Service) -
     assert service.answer() == "Hello from Gantry, version v2"
 
 
+def test_reconcile_is_scheduled(service: Service) -> None:
+    """Prefect's server makes runs of it by itself; nobody starts them."""
+    wanted = {"flows": {"name": {"any_": ["reconcile"]}}}
+
+    def made_by_the_schedule() -> bool:
+        found = prefect_api(service.lab, "POST", "/flow_runs/filter", wanted)
+        return any(run["auto_scheduled"] for run in found)
+
+    wait_for(made_by_the_schedule, "a scheduled run of reconcile")
+
+
 _FAILED_WITH_A_PACKAGE = """
 import asyncio, sys
 from blake3 import blake3
