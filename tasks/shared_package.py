@@ -154,10 +154,13 @@ class SharedPackage:
         """The bytes that are there: `size_bytes` or more, or all of them."""
         while True:
             await self.look()
-            here = await asyncio.to_thread(lambda: os.fstat(self._descriptor).st_size)
-            if here >= size_bytes or self.package is not None:
+            here = self._size_bytes()
+            if self.package is not None or (here >= size_bytes and self._descriptor >= 0):
                 return here
             await asyncio.sleep(POLL_SECONDS)
+
+    def _size_bytes(self) -> int:
+        return os.fstat(self._descriptor).st_size if self._descriptor >= 0 else 0
 
     async def look(self) -> None:
         """See whether it is whole by now, and have it made when nobody does. Raises as `read`."""
