@@ -169,7 +169,11 @@ class SharedPackage:
         if self._made is not None and self._made.done():
             made, self._made = self._made, None
             made.result()
-        if await asyncio.to_thread(self._follow):
+        try:
+            was_replaced = await asyncio.to_thread(self._follow)
+        except OSError as exc:
+            raise _named(exc) from exc
+        if was_replaced:
             raise PackageReplaced
 
     def _follow(self) -> bool:
@@ -177,8 +181,10 @@ class SharedPackage:
         before = self._descriptor
         package = find(self.key) if before >= 0 else find_intact(self.key)
         if package is not None:
-            self.package = package
-            return self._open(package.path) and before >= 0
+            with suppress(FileNotFoundError):  # dropped for newer ones in this very moment
+                was_replaced = self._open(package.path) and before >= 0
+                self.package = package
+                return was_replaced
         if self._made is not None:
             return False
         claimed = claim(self.key)
@@ -243,10 +249,7 @@ def _named(error: BaseException) -> BaseException:
 
 def claim(key: PackageKey) -> int | None:
     """The empty file to write as its descriptor, with its lock; None while another one has it."""
-    try:
-        descriptor = os.open(key.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise _named(exc) from exc
+    descriptor = os.open(key.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     if store.lock(descriptor) and _is_named(descriptor, key.part):
         if os.fstat(descriptor).st_size == 0 and find(key) is None:
             return descriptor
