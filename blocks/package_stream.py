@@ -56,6 +56,7 @@ class _Stream:
     taken_bytes: int = 0
     fruitless: int = 0
     must_ask: bool = True
+    is_announced: bool = False
     is_taken: bool = False
 
     async def advance(self) -> None:
@@ -78,12 +79,14 @@ class _Stream:
         if announcement is None:
             return False
         answer = await self.receiver.announce_package(self.deployment_id, announcement)
+        self.is_announced = True
         return answer.state is not HostState.RECEIVING
 
     async def _take_bearings(self) -> None:
         """Announce what is whole already, then go on from what the host holds, if it is ours."""
         await self.source.look()
-        self.is_taken = await self._announce()
+        if not self.is_announced:
+            self.is_taken = await self._announce()
         if self.is_taken:
             return
         held = await self.receiver.held(self.deployment_id)
