@@ -289,7 +289,7 @@ asyncio.run(main(pathlib.Path(sys.argv[1]), sys.argv[2]))
 def test_one_flipped_bit_never_reaches_the_engine(service: Service) -> None:
     """The host refuses the package; a package that changed on the control host's disk is exported anew."""
     assert service.deploy("v1").state == "COMPLETED"
-    packages = (service.lab.control.folder / "packages").glob("*.tar")
+    packages = (service.lab.control.folder / "packages").glob("*.package")
     path = max(packages, key=lambda package: package.stat().st_mtime)
     images = {image.id for image in service.host.docker().images.list()}
     said = in_control(service.lab, "-c", FLIPPED, str(path), f"{service.name}-flipped")
