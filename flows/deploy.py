@@ -152,6 +152,7 @@ async def _transfer(workflow: Workflow, metadata: ImageMetadata) -> None:
                     workflow.parameters.build_options.compression.package_format,
                     correlation_id,
                 )
+            stage.gates.append(transfer.package_gate(done))
             status = await stage.run(transfer.verify_transfer, host, accepted.deployment_id, correlation_id)
         stage.artifacts |= await reporting.shown(reporting.write_receipt(correlation_id, status, done))
     result = stage.result()

@@ -21,6 +21,11 @@ class Delivery(WireModel):
     package_blake3: str | None = None
     sent_bytes: int = 0
 
+    def __str__(self) -> str:
+        if self.way == "none":
+            return "the host has the image"
+        return f"by {self.way}: {self.layers_sent} of {self.layers_known + self.layers_sent} layers"
+
     def metrics(self) -> dict[str, Any]:
         """What the records keep of it."""
         return {

@@ -29,7 +29,7 @@ from receiver.contract import (
 from tasks import exports, progress, rsync, shared_package
 from tasks.delivery import Delivery, delivered
 from tasks.errors import RetryPolicy, TransferFailed
-from tasks.exports import Export
+from tasks.exports import Export, ExportFailed
 from tasks.logs import RunLogger
 from tasks.package import ImageMetadata
 from tasks.policies import operation
@@ -171,8 +171,16 @@ def gated(stage: StageRun) -> Iterator[None]:
         yield
     except BaseException as exc:
         stage.gates += transfer_gates(_proven(stage), exc)
+        if isinstance(exc, ExportFailed):
+            stage.gates.append(package_gate(exc))
         raise
     stage.gates += transfer_gates(_proven(stage))
+
+
+def package_gate(made: Delivery | ExportFailed) -> QualityGate:
+    """Whether the package was complete but for the layers that the host has."""
+    passed = isinstance(made, Delivery)
+    return QualityGate(name="package_complete", stage=Stage.TRANSFER, passed=passed, message=str(made))
 
 
 def _proven(stage: StageRun) -> set[str]:
@@ -184,7 +192,6 @@ def transfer_gates(done: set[str], error: BaseException | None = None) -> list[Q
     knows_the_key = isinstance(error, ReceiverRefused) and error.status not in _BEFORE_THE_SIGNATURE
     gates = {
         "remote_endpoint_reachable": "establish_connection" in done,
-        "package_complete": "verify_transfer" in done,
         "transfer_acknowledged": "verify_transfer" in done,
         "hmac_authentication_successful": "send_deployment_request" in done
         or ("establish_connection" in done and knows_the_key),
