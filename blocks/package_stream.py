@@ -56,6 +56,7 @@ class _Stream:
     taken_bytes: int = 0
     fruitless: int = 0
     must_ask: bool = True
+    has_begun: bool = False
     is_announced: bool = False
     is_taken: bool = False
 
@@ -69,9 +70,7 @@ class _Stream:
             self.is_taken = await self._announce()
             self.must_ask = not self.is_taken
             return
-        offset = await self.receiver.send_chunk(self.deployment_id, self.offset, chunk)
-        self.taken_bytes += offset - self.offset
-        self._learn(offset)
+        self._learn(await self.receiver.send_chunk(self.deployment_id, self.offset, chunk))
 
     async def _announce(self) -> bool:
         """True when the host has verified the whole; raises what it refuses."""
@@ -100,8 +99,10 @@ class _Stream:
         self._learn(held.offset)
 
     def _learn(self, offset: int) -> None:
+        if self.has_begun:  # what was there before is not ours; what is more than we know of, we sent
+            self.taken_bytes += max(0, offset - self.offset)
         self.offset = self.proven = offset
-        self.must_ask = False
+        self.has_begun, self.must_ask = True, False
         # Measured against the farthest point: a host that loses bytes again and again makes no progress.
         if offset > self.farthest:
             self.farthest, self.fruitless = offset, 0
