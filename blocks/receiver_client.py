@@ -111,6 +111,14 @@ class AnswerNotUnderstood(ReceiverRefused):
         return False
 
 
+@dataclass(frozen=True)
+class Held:
+    """What the host holds of a package; `blake3` is None while more of it is being written."""
+
+    offset: int
+    blake3: str | None
+
+
 class PackageChanged(Exception):
     """The package file is not the one that was announced; build it again and announce it anew"""
 
@@ -227,6 +235,17 @@ class ReceiverClient:
         """Bytes of the package that the host holds."""
         path = contract.deploy_path(deployment_id, "package")
         return _read_offset(await self._succeed(self._http.build_request("HEAD", path)))
+
+    async def held(self, deployment_id: str) -> Held:
+        """Bytes of the package that the host holds, and their BLAKE3."""
+        path = contract.deploy_path(deployment_id, "package")
+        response = await self._succeed(self._http.build_request("HEAD", path))
+        return Held(_read_offset(response), response.headers.get(contract.UPLOAD_DIGEST_HEADER))
+
+    async def drop_package(self, deployment_id: str) -> None:
+        """Have the host forget the bytes that it holds, so that the upload begins anew."""
+        path = contract.deploy_path(deployment_id, "package")
+        await self._succeed(self._http.build_request("DELETE", path))
 
     async def send_chunk(self, deployment_id: str, offset: int, chunk: bytes) -> int:
         """Send the bytes at `offset`; give the host's new offset. Raises `OffsetRefused` for a wrong one."""

@@ -5,7 +5,6 @@ Holds the order of work alone: SQL, HTTP and Docker live in `tasks`.
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack
 from typing import Any
 
 from prefect import State, flow
@@ -26,8 +25,8 @@ from receiver.contract import (
     Stage,
     Transport,
 )
-from tasks import dispatch, outcome, package, precheck, reporting, store, transfer
-from tasks.package import ImageMetadata, ImagePackage
+from tasks import delivery, dispatch, outcome, package, precheck, reporting, store, transfer
+from tasks.package import ImageMetadata
 from tasks.parameters import (
     BuildOptions,
     DeploymentParameters,
@@ -86,25 +85,21 @@ async def deploy_container(
         transport=transport,
     )
     check_paths(parameters.build_options)
-    async with AsyncExitStack() as in_use:
-        workflow = await in_use.enter_async_context(open_workflow(parameters))
+    async with open_workflow(parameters) as workflow:
         try:
             await reconcile.finish_earlier(workflow)
-            metadata, image = await _package(workflow, in_use)
-            await _transfer(workflow, metadata, image)
+            metadata = await _package(workflow)
+            await _transfer(workflow, metadata)
             await deploy_and_validate(workflow)
         except Exception as exc:  # noqa: BLE001 - whatever failed, the host and the records are brought to rest
             return await ending.end(workflow, exc)
         return await ending.complete(workflow)
 
 
-async def _package(
-    workflow: Workflow, in_use: AsyncExitStack[bool | None]
-) -> tuple[ImageMetadata, ImagePackage]:
-    """Stage 1. An unchanged image is neither built nor exported again, unless it is gone.
+async def _package(workflow: Workflow) -> ImageMetadata:
+    """Stage 1. An unchanged image is not built again, unless it is gone.
 
-    Nothing is built for a host that is out of reach or refuses our key. The package is not dropped for
-    those of other deployments while it is `in_use`.
+    Nothing is built for a host that is out of reach or refuses our key.
     """
     asked = workflow.parameters
     reference = workflow.image
@@ -116,13 +111,12 @@ async def _package(
         async with store.alone(reference, say):
             image_id = await package.build_or_reuse(stage, asked)
             metadata = await stage.run(package.gather_metadata, image_id, reference)
-            image = await package.export_or_reuse(stage, metadata)
-            in_use.enter_context(store.package_in_use(image.path))
-            await package.check_image(stage, metadata, image, asked.build_options, health.architecture)
+            metadata = await package.identified(stage, metadata)
+            await package.check_image(stage, metadata, asked.build_options, health.architecture)
             stage.artifacts |= await reporting.shown(
-                reporting.write_package_artifacts(workflow.workflow_id, metadata, image)
+                reporting.write_package_artifacts(workflow.workflow_id, metadata)
             )
-            workflow.config_digest = package.announce_image(metadata, image).config_digest
+            workflow.config_digest = package.announce_image(metadata).config_digest
             stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
     result = stage.result()
     await workflow.advance(
@@ -132,14 +126,14 @@ async def _package(
         image_size_bytes=metadata.image_size_bytes,
         deployment_metrics=workflow.metrics(result),
     )
-    return metadata, image
+    return metadata
 
 
-async def _transfer(workflow: Workflow, metadata: ImageMetadata, image: ImagePackage) -> None:
-    """Stage 2. A host that has the image already is sent no bytes of it."""
+async def _transfer(workflow: Workflow, metadata: ImageMetadata) -> None:
+    """Stage 2. A host that has the image is sent no bytes of it; one that has layers of it, the rest."""
     host, correlation_id = workflow.host, workflow.workflow_id
-    request = _request(workflow, metadata, image)
-    limit = _seconds(workflow) + image.size_bytes / _SLOWEST_UPLOAD_BYTES_PER_SECOND
+    request = _request(workflow, metadata)
+    limit = _seconds(workflow) + metadata.image_size_bytes / _SLOWEST_UPLOAD_BYTES_PER_SECOND
     async with workflow.stage(Stage.TRANSFER, limit) as stage:
         with transfer.gated(stage):
             await stage.run(transfer.establish_connection, host, correlation_id)
@@ -147,27 +141,26 @@ async def _transfer(workflow: Workflow, metadata: ImageMetadata, image: ImagePac
                 transfer.send_deployment_request, host, request, f"{correlation_id}-deploy"
             )
             workflow.deployment_id = accepted.deployment_id
-            workflow.load_seconds = load_seconds(image.size_bytes)
-            sent_bytes = 0
+            workflow.load_seconds = load_seconds(metadata.image_size_bytes)
+            done = delivery.already_there(metadata.layers)
             if accepted.state is HostState.RECEIVING:
-                sent_bytes = await stage.run(
+                done = await stage.run(
                     transfer.upload_package,
                     host,
-                    accepted.deployment_id,
-                    image,
+                    accepted,
+                    metadata,
+                    workflow.parameters.build_options.compression.package_format,
                     correlation_id,
-                    accepted.incoming_path,
                 )
+            stage.gates.append(transfer.package_gate(done))
             status = await stage.run(transfer.verify_transfer, host, accepted.deployment_id, correlation_id)
-        stage.artifacts |= await reporting.shown(
-            reporting.write_receipt(correlation_id, image, status, sent_bytes=sent_bytes)
-        )
+        stage.artifacts |= await reporting.shown(reporting.write_receipt(correlation_id, status, done))
     result = stage.result()
     await workflow.advance(
         WorkflowState.DEPLOYING,
         stage=result,
         deployment_id=accepted.deployment_id,
-        deployment_metrics={**workflow.metrics(result), "transferred_bytes": sent_bytes},
+        deployment_metrics={**workflow.metrics(result), **done.metrics()},
     )
 
 
@@ -209,7 +202,7 @@ async def _follow(
     )
 
 
-def _request(workflow: Workflow, metadata: ImageMetadata, image: ImagePackage) -> DeployRequest:
+def _request(workflow: Workflow, metadata: ImageMetadata) -> DeployRequest:
     asked = workflow.parameters
     return DeployRequest(
         container_name=asked.container_name,
@@ -218,8 +211,7 @@ def _request(workflow: Workflow, metadata: ImageMetadata, image: ImagePackage) -
         health_check_config=asked.health_check_config,
         rollback_on_failure=asked.rollback_on_failure,
         workflow_id=workflow.workflow_id,
-        image=package.announce_image(metadata, image),
-        package=image.announcement(),
+        image=package.announce_image(metadata),
         transport=asked.transport,
     )
 

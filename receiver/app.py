@@ -39,8 +39,8 @@ from receiver.exchange import accepted, as_json, idempotency_key, read
 from receiver.guardian import Guardian
 from receiver.ledger import Entry, Ledger, utc_now
 from receiver.metrics import Metrics, count_deployments
-from receiver.operations import Host
-from receiver.packages import Bytes, PackageMismatch, Packages, announced, held_bytes
+from receiver.operations import Host, loaded_bytes
+from receiver.packages import Bytes, OmittedLayersUnknown, PackageMismatch, Packages, held_bytes
 from receiver.settings import ReceiverSettings
 
 log = logging.getLogger(__name__)
@@ -116,9 +116,20 @@ class Service:
     engine: EngineLink
     metrics: Metrics
 
+    async def check_package(
+        self, entry: Entry, package: PackageAnnouncement, known_layers: list[str]
+    ) -> None:
+        """Raise `OmittedLayersUnknown` or `DiskFull` when the engine could not load what is announced."""
+        if gone := set(package.omitted_layers) - set(known_layers):
+            raise OmittedLayersUnknown(f"the engine does not have {', '.join(sorted(gone))}")
+        image, is_new = entry.request.image, entry.package is None
+        if image is not None and is_new and not set(image.layers) <= set(known_layers):
+            root = Path((await self.engine.info()).data_root)
+            self.packages.check_room_for([Need(root, loaded_bytes(image, package), "the loaded image")])
+
     async def needs_of(self, image: ImageAnnouncement | None, known_layers: list[str]) -> list[Need]:
-        """What the engine's disk is asked for, beside the package: nothing when it has all layers."""
-        if image is None or set(image.layers) <= set(known_layers):
+        """What the engine's disk is asked for, beside the package, which tells where layers are known."""
+        if image is None or known_layers or not image.layers:
             return []
         return [Need(Path((await self.engine.info()).data_root), image.size_bytes, "the loaded image")]
 
@@ -142,8 +153,11 @@ class Service:
         """Enter the request into the ledger; a repeated one needs no room of its own. Blocking."""
         waiting = self.ledger.in_states(HostState.RECEIVING, HostState.READY)
         is_known = key is not None and any(entry.idempotency_key == key for entry in waiting)
-        if wanted.package is not None and not present and not is_known:
-            self.packages.check_room(wanted.package, *needs, transport=wanted.transport)
+        if not present and not is_known:
+            if wanted.package is None:
+                self.packages.check_room_for(needs)
+            else:
+                self.packages.check_room(wanted.package, *needs, transport=wanted.transport)
         return self.ledger.create(wanted, HostState.READY if present else HostState.RECEIVING, key)
 
     async def without_upload(self, entry: Entry, *, present: bool) -> Entry:
@@ -235,7 +249,14 @@ async def announce_package(deployment_id: str, request: Request, service: TheSer
     package = await read(request, PackageAnnouncement)
     entry = await asyncio.to_thread(service.ledger.get, deployment_id)
     present, known_layers = await service.look_for(entry.request.image)
-    entry = await service.packages.announce(deployment_id, package)
+    await service.check_package(entry, package, known_layers)
+    try:
+        entry = await service.packages.announce(deployment_id, package)
+    except PackageMismatch:
+        service.metrics.count_package("rejected")
+        raise
+    if entry.state is HostState.READY:
+        service.metrics.count_package("ready")
     entry = await service.without_upload(entry, present=present)
     incoming = await service.packages.open_incoming(entry)
     return as_json(accepted(entry, known_layers, present=present, incoming=incoming))
@@ -245,12 +266,19 @@ async def announce_package(deployment_id: str, request: Request, service: TheSer
 async def tell_upload_offset(deployment_id: str, service: TheService) -> Response:
     """Where the upload goes on."""
     entry = await asyncio.to_thread(service.ledger.get, deployment_id)
-    headers = {
-        contract.UPLOAD_OFFSET_HEADER: str(held_bytes(entry)),
-        contract.UPLOAD_LENGTH_HEADER: str(announced(entry).size_bytes),
-        "Cache-Control": "no-store",
-    }
+    headers = {contract.UPLOAD_OFFSET_HEADER: str(held_bytes(entry)), "Cache-Control": "no-store"}
+    if entry.package is not None:
+        headers[contract.UPLOAD_LENGTH_HEADER] = str(entry.package.size_bytes)
+    if digest := await service.packages.held_digest(deployment_id):
+        headers[contract.UPLOAD_DIGEST_HEADER] = digest
     return Response(headers=headers)
+
+
+@router.delete(contract.deploy_path("{deployment_id}", "package"))
+async def drop_package(deployment_id: str, service: TheService) -> Response:
+    """Forget what came: a sender whose bytes are others begins anew."""
+    await service.packages.drop(deployment_id)
+    return Response(status_code=204, headers={contract.UPLOAD_OFFSET_HEADER: "0"})
 
 
 @router.patch(contract.deploy_path("{deployment_id}", "package"))

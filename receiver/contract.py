@@ -30,6 +30,7 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 CORRELATION_HEADER = "X-Correlation-ID"
 UPLOAD_OFFSET_HEADER = "Upload-Offset"
 UPLOAD_LENGTH_HEADER = "Upload-Length"
+UPLOAD_DIGEST_HEADER = "Upload-BLAKE3"
 
 MAX_CHUNK_BYTES = 8 * 1024 * 1024
 MAX_JSON_BYTES = 1024 * 1024
@@ -120,6 +121,14 @@ class Transport(StrEnum):
 
     HTTP = "http"
     RSYNC = "rsync"
+
+
+class PackageFormat(StrEnum):
+    """How the docker-archive of a package is compressed."""
+
+    ZSTD = "tar.zst"
+    GZIP = "tar.gz"
+    TAR = "tar"
 
 
 class WireModel(BaseModel):
@@ -226,11 +235,17 @@ class ImageAnnouncement(WireModel):
 
 
 class PackageAnnouncement(WireModel):
-    """The package to come: its size and the BLAKE3 of all its bytes."""
+    """The package: its size and the BLAKE3 of all its bytes, and what its archive does not hold."""
 
     size_bytes: Annotated[int, Field(ge=1)]
     blake3: Blake3Digest
-    format: Literal["tar", "tar.gz"] = "tar"
+    format: PackageFormat = PackageFormat.ZSTD
+    omitted_layers: list[ImageDigest] = Field(
+        default=[], description="Diff ids of the image's layers that are not sent: of the known_layers only."
+    )
+    unpacked_bytes: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="Size of the archive before it was compressed."
+    )
 
 
 class DeployRequest(WireModel):
@@ -253,9 +268,11 @@ class DeployAccepted(WireModel):
     deployment_id: str
     state: HostState
     image_present: bool = Field(description="The engine has the announced image: nothing to upload.")
-    known_layers: list[str] = Field(description="Announced diff ids that the engine already has.")
+    known_layers: list[str] = Field(
+        description="Announced diff ids that the engine has and loads without: they need not be sent."
+    )
     upload_url: str
-    upload_offset: int = Field(description="Bytes of the package that the host holds, all verified.")
+    upload_offset: int = Field(description="Bytes of the package that the host holds, all as they were sent.")
     chunk_bytes: int = Field(description="Largest chunk that one PATCH may carry.")
     incoming_path: str | None = Field(
         default=None, description="Where rsync may put the package, for `collect`; null for transport http."

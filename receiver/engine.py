@@ -6,12 +6,13 @@ Containers are found by id, by exact name or by label, never by parsing names.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import re
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
@@ -19,11 +20,13 @@ from typing import Any, cast
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.models.containers import Container
+from docker.models.images import Image
 from docker.types import Mount
 
 from receiver import contract
-from receiver.archive import ArchiveDamaged, archive_contents
-from receiver.contract import DeploymentConfig, ImageAnnouncement, PortMapping
+from receiver.archive import ArchiveDamaged, ArchivedImage, checked_package
+from receiver.contract import DeploymentConfig, ImageAnnouncement, PackageAnnouncement, PortMapping
+from receiver.engine_store import has_containerd_store
 
 log = logging.getLogger(__name__)
 _CALL_TIMEOUT_SECONDS = 120
@@ -53,6 +56,7 @@ class EngineInfo:
     os: str
     data_root: str
     storage_driver: str = ""
+    has_containerd_store: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,14 @@ class Engine:
             told = self._client.info()
         except (DockerException, OSError) as exc:
             raise EngineUnreachable(f"the Docker Engine at {self._base_url} does not answer: {exc}") from exc
-        root = told.get("DockerRootDir", "/var/lib/docker")
-        return EngineInfo(answer["Version"], answer["Arch"], answer["Os"], root, told.get("Driver", ""))
+        return EngineInfo(
+            answer["Version"],
+            answer["Arch"],
+            answer["Os"],
+            told.get("DockerRootDir", "/var/lib/docker"),
+            told.get("Driver", ""),
+            has_containerd_store(told),
+        )
 
     # -- images ----------------------------------------------------------------------------------
 
@@ -192,33 +202,47 @@ class Engine:
         )
 
     def known_layers(self, announced: ImageAnnouncement) -> list[str]:
-        """Those of the announced diff ids that some image of this engine has."""
-        present: set[str] = set()
-        for image in self._client.images.list(all=True):
-            present.update(image.attrs.get("RootFS", {}).get("Layers") or self._layers_of(str(image.id)))
-        return [layer for layer in announced.layers if layer in present]
+        """Those of the announced diff ids without which this engine loads the image.
 
-    def _layers_of(self, image_id: str) -> list[str]:
-        with contextlib.suppress(NotFound):
-            return list(self._client.images.get(image_id).attrs["RootFS"].get("Layers") or ())
-        return []
-
-    def load_image(self, package: Path, announced: ImageAnnouncement | None) -> LoadedImage:
-        """Load a docker-archive and return the image in it.
-
-        Raises `PackageRefused` when the archive is not the announced image, before and after loading.
+        It knows a layer together with all below it: the longest beginning that some image shares. One that
+        comes again above it has to be sent. A containerd image store wants every layer.
         """
-        config_digest = _digest_in(package)
-        if announced is not None and config_digest != announced.config_digest:
-            raise PackageRefused(f"the package holds image {config_digest}, not {announced.config_digest}")
-        with package.open("rb") as stream:
-            loaded = self._client.images.load(cast("bytes", stream))
+        if has_containerd_store(self._client.info()):
+            return []
+        images = (self._layers_of(image) for image in self._client.images.list(all=True))
+        shared = max((_shared_layers(layers, announced.layers) for layers in images), default=0)
+        above = set(announced.layers[shared:])
+        return [layer for layer in announced.layers[:shared] if layer not in above]
+
+    def _layers_of(self, image: Image) -> list[str]:
+        layers = image.attrs.get("RootFS", {}).get("Layers")
+        if layers is None:
+            with contextlib.suppress(NotFound):
+                layers = self._client.images.get(str(image.id)).attrs["RootFS"].get("Layers")
+        return list(layers or ())
+
+    def load_image(
+        self, path: Path, announced: ImageAnnouncement | None, package: PackageAnnouncement | None = None
+    ) -> LoadedImage:
+        """Load the docker-archive in a package while it is read, and return the image in it.
+
+        Raises `PackageRefused` when the archive is damaged or not the announced image, with nothing loaded,
+        and when the engine makes other layers of it.
+        """
+        found: list[ArchivedImage] = []
+        archive = checked_package(path, announced, package, found.append)
+        try:
+            loaded = self._client.images.load(cast("bytes", archive))
+        except ArchiveDamaged as exc:
+            raise PackageRefused(f"the package is refused, and nothing of it was loaded: {exc}") from exc
+        finally:
+            archive.close()
         if len(loaded) != 1:
             raise PackageRefused(f"the package holds {len(loaded)} images; one is expected")
         image = self.inspect_image(str(loaded[0].id))
         if announced is not None and list(image.layers) != announced.layers:
             raise PackageRefused(f"the loaded image {image.image_id} has other layers than announced")
-        return LoadedImage(image.image_id, config_digest, image.layers, image.architecture)
+        return replace(image, config_digest=found[0].config_digest)
 
     def tag_image(self, image_id: str, repository: str, tag: str) -> None:
         """Name an image; the name moves from an older image."""
@@ -413,11 +437,10 @@ def _made(container: Container) -> MadeContainer:
     )
 
 
-def _digest_in(package: Path) -> str:
-    try:
-        return archive_contents(package).config_digest
-    except ArchiveDamaged as exc:
-        raise PackageRefused(f"the package is no docker-archive: {exc}") from exc
+def _shared_layers(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many layers both begin with."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return sum(1 for _ in pairs)
 
 
 def _published(mappings: list[PortMapping]) -> dict[str, list[tuple[str, int] | int]]:

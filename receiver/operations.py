@@ -28,6 +28,7 @@ from receiver.contract import (
     HealthAttempt,
     HostState,
     ImageAnnouncement,
+    PackageAnnouncement,
     QualityGate,
     Stage,
 )
@@ -222,9 +223,20 @@ class Operations:
         announced = entry.request.image
         if announced is None or self.engine.find_image(announced) is not None:
             return
-        is_known = set(announced.layers) <= set(self.engine.known_layers(announced))
-        wanted_bytes = 0 if is_known else announced.size_bytes
+        known = set(self.engine.known_layers(announced))
+        self._check_omitted(entry, known)
+        wanted_bytes = 0 if set(announced.layers) <= known else loaded_bytes(announced, entry.package)
         _ask_for_room(disk.Need(Path(self.engine.info().data_root), wanted_bytes, "the loaded image"))
+
+    def _check_omitted(self, entry: Entry, known: set[str]) -> None:
+        """What was not sent because it was here is still here; else nothing is touched."""
+        omitted = entry.package.omitted_layers if entry.package else []
+        gone = [layer for layer in omitted if layer not in known]
+        if gone:
+            raise StepFailed(
+                f"{len(gone)} layer(s) that the engine had when this was announced are gone from it "
+                f"({', '.join(gone)}), and the package does not hold them; deploy again: they are sent then"
+            )
 
     def _check_room_to_switch(self) -> None:
         """While the old container still serves: what stops it and starts another has to be written down."""
@@ -235,7 +247,7 @@ class Operations:
     def _load(self, entry: Entry) -> LoadedImage:
         announced = entry.request.image
         present = self.engine.find_image(announced) if announced else None
-        image = present or self.engine.load_image(self.package_path(), announced)
+        image = present or self.engine.load_image(self.package_path(), announced, entry.package)
         self.engine.tag_image(image.image_id, entry.request.container_name, entry.request.image_tag)
         return image
 
@@ -599,6 +611,13 @@ class Operations:
         again = await asyncio.to_thread(self.engine.state, container_id)
         if not again.running or again.started_at != first.started_at:
             raise health.ContainerUnwell(f"the previous container is {again.status} after its start")
+
+
+def loaded_bytes(image: ImageAnnouncement, package: PackageAnnouncement | None) -> int:
+    """Room that loading asks of the engine's disk: less than the image where layers are left out."""
+    if package is None or package.unpacked_bytes is None or not package.omitted_layers:
+        return image.size_bytes
+    return min(package.unpacked_bytes, image.size_bytes)
 
 
 def _ask_for_room(need: disk.Need, reserve_bytes: int = disk.RESERVE_BYTES) -> None:

@@ -1,9 +1,10 @@
 """Packages on disk: take them in chunks, resume, verify the whole, hand them to the operations, clear up.
 
 Owns the files in `packages_dir`: `<deployment_id>.part` while it arrives, `<deployment_id>.tar` once its
-BLAKE3 matched. The ledger's offset never runs ahead of the disk. What rsync brought is copied out of
-`receiver.incoming`, and only the copy, which nobody else can write, is verified. Imports no Docker client
-and knows no request: its errors are the refusals that the application tells.
+BLAKE3 matched. It is hashed while it arrives, also before it is announced; only after a restart of the
+daemon what is held is read again. The ledger's offset never runs ahead of the disk. What rsync brought is
+copied out of `receiver.incoming`, and only the copy, which nobody else can write, is verified. Imports no
+Docker client and knows no request: its errors are the refusals that the application tells.
 """
 
 from __future__ import annotations
@@ -76,7 +77,14 @@ class PackageUnannounced(NotReceiving):
     """The package was not announced"""
 
     slug = "package-not-announced"
-    next_step = "Announce its size and BLAKE3 by POST to the same path, then upload."
+    next_step = "Announce its size and BLAKE3 by POST to the path of the package."
+
+
+class OmittedLayersUnknown(Refusal):
+    """The package leaves out layers that this host's engine does not have"""
+
+    slug, status = "omitted-layers-unknown", 409
+    next_step = "Deploy again: the package is made with the layers that are missing."
 
 
 class AnnouncementConflict(Refusal):
@@ -124,6 +132,7 @@ class Packages:
         self._ledger = ledger
         self._guard = threading.Lock()
         self._writing: set[str] = set()
+        self._hashers: dict[str, _Hashed] = {}
 
     def path(self, deployment_id: str) -> Path:
         """Where the verified package lies, or will lie."""
@@ -134,6 +143,7 @@ class Packages:
 
     def discard(self, deployment_id: str) -> None:
         """Delete whatever there is of a package."""
+        self._hashers.pop(deployment_id, None)
         self._part(deployment_id).unlink(missing_ok=True)
         self.path(deployment_id).unlink(missing_ok=True)
         self._incoming.discard(deployment_id)
@@ -142,13 +152,20 @@ class Packages:
         self, package: PackageAnnouncement, *also: disk.Need, transport: Transport = Transport.HTTP
     ) -> None:
         """Raise `PackageTooLarge` or `DiskFull` when the host cannot take the package, and what follows."""
-        if package.size_bytes > self._max_bytes:
-            raise PackageTooLarge(f"{package.size_bytes} bytes announced, {self._max_bytes} are allowed")
+        self._check_size(package)
         needs = [disk.Need(self._folder, package.size_bytes, "the package"), *also]
         if transport is Transport.RSYNC:
             needs.append(
                 disk.Need(self._incoming.folder, package.size_bytes, "the package as rsync brings it")
             )
+        _ask_for_room(needs)
+
+    def _check_size(self, package: PackageAnnouncement) -> None:
+        if package.size_bytes > self._max_bytes:
+            raise PackageTooLarge(f"{package.size_bytes} bytes announced, {self._max_bytes} are allowed")
+
+    def check_room_for(self, needs: list[disk.Need]) -> None:
+        """Raise `DiskFull` when the host has no room for what follows a package."""
         _ask_for_room(needs)
 
     async def open_incoming(self, entry: Entry) -> Path | None:
@@ -168,8 +185,23 @@ class Packages:
         return await asyncio.to_thread(self._collect, deployment_id)
 
     async def announce(self, deployment_id: str, package: PackageAnnouncement) -> Entry:
-        """Take a late announcement; the same one again changes nothing."""
+        """Take a late announcement; the same one again changes nothing.
+
+        A package that has arrived as a whole is verified: the deployment becomes READY, or REJECTED and
+        `PackageMismatch` is raised.
+        """
         return await asyncio.to_thread(self._announce, deployment_id, package)
+
+    async def held_digest(self, deployment_id: str) -> str | None:
+        """BLAKE3 of the bytes that the host holds, by which a sender knows them for its own.
+
+        None while more of them are being written.
+        """
+        return await asyncio.to_thread(self._held_digest, deployment_id)
+
+    async def drop(self, deployment_id: str) -> None:
+        """Forget the bytes that came, so that the upload begins anew; refused once the package is taken."""
+        await asyncio.to_thread(self._drop, deployment_id)
 
     async def adopt(self, entry: Entry) -> Entry:
         """Let a new deployment go on with what a dead sender left, or drop that if it is of no use."""
@@ -201,8 +233,33 @@ class Packages:
                 )
             if entry.state is not HostState.RECEIVING:
                 raise NotReceiving(f"deployment {deployment_id} is {entry.state}")
-            self.check_room(package, transport=entry.request.transport)
-            return self._ledger.set_package(deployment_id, package)
+            self._check_size(package)
+            rest = package.model_copy(update={"size_bytes": max(package.size_bytes - entry.upload_offset, 0)})
+            self.check_room(rest, transport=entry.request.transport)
+            entry = self._ledger.set_package(deployment_id, package)
+            if entry.upload_offset >= package.size_bytes:
+                with self._opened(entry) as descriptor:
+                    self._complete(entry, package, descriptor)
+        return self._take_up(self._ledger.get(deployment_id))
+
+    def _held_digest(self, deployment_id: str) -> str | None:
+        with contextlib.suppress(UploadBusy), self._only_writer(deployment_id):
+            entry = self._ledger.get(deployment_id)
+            if entry.state is not HostState.RECEIVING:
+                return announced(entry).blake3
+            if not entry.upload_offset:
+                return _Hashed().hexdigest()
+            with self._opened(entry) as descriptor:
+                return self._hashed(entry, descriptor).hexdigest()
+        return None
+
+    def _drop(self, deployment_id: str) -> None:
+        with self._only_writer(deployment_id):
+            entry = self._ledger.get(deployment_id)
+            if entry.state is not HostState.RECEIVING:
+                raise NotReceiving(f"deployment {deployment_id} is {entry.state}")
+            self._ledger.set_upload_offset(deployment_id, 0)
+            self.discard(deployment_id)
 
     def _adopt(self, entry: Entry) -> Entry:
         adopted = self._take_up(entry)
@@ -213,21 +270,23 @@ class Packages:
         return adopted
 
     def _supersede(self, other: Entry) -> None:
-        """Give up what a dead sender left of this container: its room is not held for a day."""
+        """Give up what a dead sender left of this container: its room is not held for a day.
+
+        Bytes of the same image that were never announced are not lost: the new sender has them proven.
+        """
         if not self._is_silent(other):
             return
         with contextlib.suppress(StateConflict, UploadBusy), self._only_writer(other.deployment_id):
+            if self._ledger.get(other.deployment_id).state is not HostState.RECEIVING:
+                return
             self._ledger.move(other.deployment_id, HostState.ABORTED, error_message="superseded")
             self.discard(other.deployment_id)
 
     def _take_up(self, entry: Entry) -> Entry:
-        if entry.state is not HostState.RECEIVING or entry.package is None or entry.upload_offset:
+        if entry.state is not HostState.RECEIVING or entry.upload_offset:
             return entry
-        alike = [
-            other
-            for other in self._ledger.in_states(HostState.RECEIVING)
-            if other.package == entry.package and self._is_silent(other)
-        ]
+        others = self._ledger.in_states(HostState.RECEIVING)
+        alike = [other for other in others if _is_alike(other, entry) and self._is_silent(other)]
         if entry.request.transport is Transport.RSYNC:
             self._take_incoming(alike, entry.deployment_id)
             return entry
@@ -240,6 +299,7 @@ class Packages:
     def _take_over(self, orphan: Entry, deployment_id: str) -> None:
         """The file first: an offset without its file is put right by the next chunk, not the reverse."""
         with self._only_writer(orphan.deployment_id), self._only_writer(deployment_id):
+            self._hashers.pop(orphan.deployment_id, None)
             self._part(orphan.deployment_id).rename(self._part(deployment_id))
             self._ledger.set_upload_offset(deployment_id, orphan.upload_offset)
             self._ledger.set_upload_offset(orphan.deployment_id, 0)
@@ -285,24 +345,26 @@ class Packages:
             with self._opened(entry) as own:
                 with _disk_errors():
                     incoming.copy(theirs, own, package.size_bytes)
-                self._complete(deployment_id, package, own)
+                self._hashers.pop(deployment_id, None)
+                self._complete(entry, package, own)
         self._ledger.set_upload_offset(deployment_id, package.size_bytes)
         self._incoming.discard(deployment_id)
         return package.size_bytes
 
     def _append(self, deployment_id: str, offset: int, chunk: Bytes) -> int:
         with self._only_writer(deployment_id):
-            entry = self._ledger.get(deployment_id)
-            package, end = announced(entry), offset + len(chunk)
+            entry, end = self._ledger.get(deployment_id), offset + len(chunk)
+            held = held_bytes(entry)
             if entry.state is not HostState.RECEIVING:
-                raise OffsetRefused(held_bytes(entry))
+                raise OffsetRefused(held)
             with self._opened(entry) as descriptor:
                 self._check_offset(entry, offset, os.fstat(descriptor).st_size)
-                if end > package.size_bytes:
-                    raise BeyondTheEnd(f"the chunk ends at {end}, {package.size_bytes} bytes were announced")
+                self._check_end(entry, end, len(chunk))
+                hashed = self._hashed(entry, descriptor)
                 _write(descriptor, offset, chunk)
-                if end == package.size_bytes:
-                    self._complete(deployment_id, package, descriptor)
+                hashed.update(chunk)
+                if entry.package is not None and end == entry.package.size_bytes:
+                    self._complete(entry, entry.package, descriptor)
             # Last, so that a process that died before has its last chunk sent again, which completes it.
             self._ledger.set_upload_offset(deployment_id, end)
             return end
@@ -342,9 +404,33 @@ class Packages:
         if offset != right_offset:
             raise OffsetRefused(right_offset)
 
-    def _complete(self, deployment_id: str, package: PackageAnnouncement, descriptor: int) -> None:
-        """Verify the whole file; the deployment is READY only when it is the announced one."""
-        digest = _hash(descriptor)
+    def _check_end(self, entry: Entry, end: int, chunk_bytes: int) -> None:
+        """Not past what was announced; before that, not past what the host takes and its disk has."""
+        if entry.package is not None:
+            announced_bytes = entry.package.size_bytes
+            if end > announced_bytes:
+                raise BeyondTheEnd(f"the chunk ends at {end}, {announced_bytes} bytes were announced")
+        elif end > self._max_bytes:
+            raise PackageTooLarge(f"the chunk ends at {end}, {self._max_bytes} bytes are allowed")
+        else:
+            _ask_for_room([disk.Need(self._folder, chunk_bytes, "the next part of the package")])
+
+    def _hashed(self, entry: Entry, descriptor: int) -> _Hashed:
+        """What came so far as a running hash; read from the file where this process does not know it."""
+        hashed = self._hashers.get(entry.deployment_id)
+        held = min(os.fstat(descriptor).st_size, entry.upload_offset)
+        if hashed is None or hashed.size_bytes != held:
+            hashed = self._hashers[entry.deployment_id] = _hash(descriptor, held)
+        return hashed
+
+    def _complete(self, entry: Entry, package: PackageAnnouncement, descriptor: int) -> None:
+        """Verify the whole; the deployment is READY only when it is the announced one."""
+        deployment_id, hashed = entry.deployment_id, self._hashers.get(entry.deployment_id)
+        size_bytes = os.fstat(descriptor).st_size
+        if hashed is None or hashed.size_bytes != size_bytes:
+            hashed = _hash(descriptor, size_bytes)
+        digest = hashed.hexdigest()
+        self._hashers.pop(deployment_id, None)
         if digest != package.blake3:
             self.discard(deployment_id)
             mismatch = PackageMismatch(f"the package's BLAKE3 is {digest}, announced was {package.blake3}")
@@ -371,6 +457,8 @@ class Packages:
         unneeded = [file for file in self._folder.iterdir() if self._is_unneeded(file)]
         for file in unneeded:
             file.unlink(missing_ok=True)
+        for deployment_id in [known for known in self._hashers if not self._is_awaited(known)]:
+            self._hashers.pop(deployment_id, None)
         left = [found for found in self._incoming.deployments() if not self._is_awaited(found)]
         for deployment_id in left:
             self._incoming.discard(deployment_id)
@@ -396,19 +484,52 @@ class Packages:
             return False
 
 
+class _Hashed:
+    """BLAKE3 of the first `size_bytes` of a package."""
+
+    def __init__(self) -> None:
+        self._hasher, self.size_bytes = blake3(), 0
+
+    def update(self, chunk: Bytes | memoryview) -> None:
+        """Add what follows."""
+        self._hasher.update(chunk)
+        self.size_bytes += len(chunk)
+
+    def hexdigest(self) -> str:
+        """The digest so far."""
+        return str(self._hasher.hexdigest())
+
+
 def announced(entry: Entry) -> PackageAnnouncement:
-    """The package to come; raises `NotReceiving` when the deployment was ended, or `PackageUnannounced`."""
-    if entry.state in _ENDED_WITHOUT_PACKAGE:
-        raise NotReceiving(f"deployment {entry.deployment_id} is {entry.state}")
+    """The announced package; raises `NotReceiving` when the deployment was ended, or `PackageUnannounced`."""
+    _check_not_ended(entry)
     if entry.package is None:
         raise PackageUnannounced
     return entry.package
 
 
 def held_bytes(entry: Entry) -> int:
-    """Bytes that need not be sent: the verified ones, or all of them when nothing is to come any more."""
-    package = announced(entry)
-    return entry.upload_offset if entry.state is HostState.RECEIVING else package.size_bytes
+    """Bytes that need not be sent: those that came, or all of them when nothing is to come any more."""
+    _check_not_ended(entry)
+    return entry.upload_offset if entry.state is HostState.RECEIVING else announced(entry).size_bytes
+
+
+def _check_not_ended(entry: Entry) -> None:
+    if entry.state in _ENDED_WITHOUT_PACKAGE:
+        raise NotReceiving(f"deployment {entry.deployment_id} is {entry.state}")
+
+
+def _is_alike(other: Entry, entry: Entry) -> bool:
+    """What is held of the other is of the same package; before that is known, it may be by its image.
+
+    Then the sender has it proven by the digest, or drops it.
+    """
+    if other.deployment_id == entry.deployment_id:
+        return False
+    if entry.package is not None:
+        return other.package == entry.package
+    one, two = entry.request, other.request
+    return one.image is not None and (one.image, one.transport) == (two.image, two.transport)
 
 
 def _write(descriptor: int, offset: int, chunk: Bytes) -> None:
@@ -441,13 +562,14 @@ def _disk_errors() -> Iterator[None]:
         raise DiskFull(f"the host could not keep the package: {exc.strerror or exc}") from exc
 
 
-def _hash(descriptor: int) -> str:
-    """BLAKE3 of the whole file, read in pieces: a memory map would count as resident memory."""
-    hasher, buffer, position = blake3(), bytearray(_READ_BYTES), 0
-    while count := os.preadv(descriptor, [buffer], position):
-        hasher.update(memoryview(buffer)[:count])
-        position += count
-    return hasher.hexdigest()
+def _hash(descriptor: int, size_bytes: int) -> _Hashed:
+    """BLAKE3 of the file's beginning, read in pieces: a memory map would count as resident memory."""
+    hashed, buffer = _Hashed(), bytearray(_READ_BYTES)
+    while count := os.preadv(descriptor, [buffer], hashed.size_bytes):
+        hashed.update(memoryview(buffer)[: min(count, size_bytes - hashed.size_bytes)])
+        if hashed.size_bytes == size_bytes:
+            break
+    return hashed
 
 
 def _sync_folder(folder: Path) -> None:

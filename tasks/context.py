@@ -32,7 +32,8 @@ def fingerprint_context(build: BuildOptions, image: str, base_ids: Mapping[str, 
     unsure = build.no_cache or build.pull or fetches_files(dockerfile)
     if unsure or any(base_ids.get(name) is None for name in references):
         return None
-    digest = blake3(f"{image}\n{build.model_dump_json()}\n{sorted(base_ids.items())}\n".encode())
+    made_of = build.model_dump_json(exclude={"compression"})
+    digest = blake3(f"{image}\n{made_of}\n{sorted(base_ids.items())}\n".encode())
     for name in context_files(build):
         path = build.context / name
         digest.update(_describe(name, path))

@@ -20,7 +20,7 @@ SECRET_PREFIX = "secret://"  # noqa: S105 - a scheme, not a secret
 
 def deploy_seconds(request: DeployRequest) -> float:
     """Time for load and create: the policy's, and more for a package that takes longer to load."""
-    size_bytes = request.package.size_bytes if request.package else 0
+    size_bytes = request.image.size_bytes if request.image else 0
     return OPERATION_POLICIES["deploy_container"].timeout_ms / 1000 + load_seconds(size_bytes)
 
 

@@ -1,25 +1,22 @@
-"""Stage 1 on the control host: build the image, gather its metadata, export it, validate it.
+"""Stage 1 on the control host: build the image, gather its metadata, validate it.
 
-Results of build and export are cached by what they are made of; `packaged` checks that a cached
-image is still in the engine, and a cached package on disk, before it is believed.
+The result of a build is cached by what it is made of, and believed while the image is in the engine. The
+export belongs to stage 2: only then is it known which layers the host lacks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
-from docker.errors import APIError, DockerException, ImageNotFound
-from docker.models.images import Image
+from docker.errors import APIError, ImageNotFound
 from prefect.logging import get_run_logger
 from prefect.utilities.slugify import slugify
 
-from receiver.archive import ArchiveDamaged, archive_contents
-from receiver.contract import ImageAnnouncement, PackageAnnouncement, QualityGate, Stage, WireModel
-from tasks import builder, progress, store
+from receiver.contract import ImageAnnouncement, QualityGate, Stage, WireModel
+from receiver.engine_store import has_containerd_store
+from tasks import builder, exports, progress
 from tasks.build_steps import BuildSteps, is_bookkeeping
 from tasks.context import base_images, fingerprint_context
 from tasks.errors import OPERATION_POLICIES, BuildFailed, RetryPolicy
@@ -28,15 +25,15 @@ from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.policies import operation
 from tasks.stage import StageRun
 
-_COPY_BYTES = 2 * 1024 * 1024
 _GRACE_SECONDS = 5  # the task's own timeout is to speak first
-EXPORT_POLICY = RetryPolicy(max_attempts=2, timeout_ms=600_000)
+IDENTITY_POLICY = RetryPolicy(max_attempts=2, timeout_ms=600_000)
 
 
 class ImageMetadata(WireModel):
     """What the engine says of the built image; sizes in bytes."""
 
     image_id: str
+    config_digest: str | None = None
     reference: str
     image_size_bytes: int
     creation_time: str
@@ -48,33 +45,12 @@ class ImageMetadata(WireModel):
     config: dict[str, Any]
 
 
-class ImagePackage(WireModel):
-    """An exported image on the control host's disk."""
-
-    path: Path
-    size_bytes: int
-    blake3: str
-    config_digest: str
-
-    def is_intact(self) -> bool:
-        """True while the file has every byte it had; reads the whole file."""
-        if not self.path.is_file() or self.path.stat().st_size != self.size_bytes:
-            return False
-        digest = blake3()
-        with self.path.open("rb") as stream:
-            while block := stream.read(_COPY_BYTES):
-                digest.update(block)
-        return bool(digest.hexdigest() == self.blake3)
-
-    def announcement(self) -> PackageAnnouncement:
-        """What the host is told of the package."""
-        return PackageAnnouncement(size_bytes=self.size_bytes, blake3=self.blake3)
-
-
-def announce_image(metadata: ImageMetadata, package: ImagePackage) -> ImageAnnouncement:
+def announce_image(metadata: ImageMetadata) -> ImageAnnouncement:
     """What the host is told of the image: identity that holds on every engine."""
+    if metadata.config_digest is None:
+        raise ValueError("config_digest: read it first, by identified")
     return ImageAnnouncement(
-        config_digest=package.config_digest,
+        config_digest=metadata.config_digest,
         layers=metadata.layers,
         architecture=metadata.architecture,
         os=metadata.os,
@@ -168,13 +144,15 @@ async def gather_metadata(image_id: str, reference: str) -> ImageMetadata:
 
 
 def _inspect(image_id: str, reference: str) -> ImageMetadata:
+    client = builder.connect()
     try:
-        attributes = builder.connect().images.get(image_id).attrs
+        attributes = client.images.get(image_id).attrs
     except ImageNotFound as exc:
         raise BuildFailed(f"image {image_id} is not in the engine any more; deploy again") from exc
     layers = list(attributes["RootFS"].get("Layers") or ())
     return ImageMetadata(
         image_id=attributes["Id"],
+        config_digest=None if has_containerd_store(client.info()) else attributes["Id"],
         reference=reference,
         image_size_bytes=attributes["Size"],
         creation_time=attributes["Created"],
@@ -187,56 +165,25 @@ def _inspect(image_id: str, reference: str) -> ImageMetadata:
     )
 
 
-# -- export --------------------------------------------------------------------------------------
+# -- identity ------------------------------------------------------------------------------------
 
 
-def _export_key(_context: Any, arguments: dict[str, Any]) -> str:
-    return f"export-{arguments['image_id']}-{arguments['reference']}"
+def _identity_key(_context: Any, arguments: dict[str, Any]) -> str:
+    return f"identity-{arguments['image_id']}"
 
 
-@operation("export_image", Stage.PACKAGE, policy=EXPORT_POLICY, cache_key=_export_key)
-async def export_image(image_id: str, reference: str) -> ImagePackage:
-    """Write the image as a docker-archive, hashed with BLAKE3 on the way."""
-    return await asyncio.to_thread(_export, image_id, reference)
+@operation("read_config_digest", Stage.PACKAGE, policy=IDENTITY_POLICY, cache_key=_identity_key)
+async def read_config_digest(image_id: str, reference: str) -> str:
+    """The image's config digest out of an export: a containerd image store knows it by another digest."""
+    return await asyncio.to_thread(exports.read_config_digest, image_id, reference)
 
 
-def _export(image_id: str, reference: str) -> ImagePackage:
-    digest, size_bytes = blake3(), 0
-    try:
-        with store.new_package() as part:
-            with part.open("wb") as stream:
-                for block in _image_named(reference, image_id).save(chunk_size=_COPY_BYTES, named=True):
-                    digest.update(block)
-                    size_bytes += stream.write(block)
-            contents = archive_contents(part)
-            path = store.keep_package(part, digest.hexdigest())
-    except (OSError, ArchiveDamaged, DockerException) as exc:
-        raise BuildFailed(f"the image could not be exported to {store.home()}: {exc}") from exc
-    return ImagePackage(
-        path=path, size_bytes=size_bytes, blake3=digest.hexdigest(), config_digest=contents.config_digest
-    )
-
-
-def _image_named(reference: str, image_id: str) -> Image:
-    """The image under its name; raises `BuildFailed` when the name was given to another one."""
-    image = builder.connect().images.get(reference)
-    if image.id != image_id:
-        raise BuildFailed(
-            f"{reference} names the image {image.id} by now, not {image_id}",
-            next_step="Let nothing else build or tag this name on the control host; then deploy again.",
-        )
-    return image
-
-
-async def export_or_reuse(stage: StageRun, metadata: ImageMetadata) -> ImagePackage:
-    """The package; a result from the cache counts only while its file is as it was written."""
-    exported = await stage.run(export_image, metadata.image_id, metadata.reference)
-    store.touch_package(exported.path)
-    if not await asyncio.to_thread(exported.is_intact):
-        get_run_logger().info("package %s is gone or changed: exporting again", exported.path)
-        again = export_image.with_options(refresh_cache=True)
-        exported = await stage.run(again, metadata.image_id, metadata.reference)
-    return exported
+async def identified(stage: StageRun, metadata: ImageMetadata) -> ImageMetadata:
+    """The metadata with the digest by which every engine knows the image."""
+    if metadata.config_digest is not None:
+        return metadata
+    digest = await stage.run(read_config_digest, metadata.image_id, metadata.reference)
+    return metadata.model_copy(update={"config_digest": digest})
 
 
 # -- validate ------------------------------------------------------------------------------------
@@ -254,13 +201,13 @@ class ImageRefused(BuildFailed):
 
 @operation("validate_image", Stage.PACKAGE)
 async def validate_image(
-    metadata: ImageMetadata, package: ImagePackage, build: BuildOptions, host_architecture: str | None
+    metadata: ImageMetadata, build: BuildOptions, host_architecture: str | None
 ) -> list[QualityGate]:
-    """Check size, labels, platform and that the package is complete.
+    """Check size, labels and platform.
 
     Returns the gates; raises `ImageRefused` naming every one that did not pass.
     """
-    gates = await asyncio.to_thread(image_gates, metadata, package, build, host_architecture)
+    gates = image_gates(metadata, build, host_architecture)
     failed = [gate.message for gate in gates if not gate.passed]
     if failed:
         raise ImageRefused(gates, "; ".join(failed))
@@ -270,13 +217,12 @@ async def validate_image(
 async def check_image(
     stage: StageRun,
     metadata: ImageMetadata,
-    package: ImagePackage,
     build: BuildOptions,
     host_architecture: str | None,
 ) -> None:
     """Run `validate_image` and add its gates to the stage, passed or not."""
     try:
-        gates = await stage.run(validate_image, metadata, package, build, host_architecture)
+        gates = await stage.run(validate_image, metadata, build, host_architecture)
     except ImageRefused as exc:
         stage.gates += exc.gates
         raise
@@ -284,9 +230,9 @@ async def check_image(
 
 
 def image_gates(
-    metadata: ImageMetadata, package: ImagePackage, build: BuildOptions, host_architecture: str | None
+    metadata: ImageMetadata, build: BuildOptions, host_architecture: str | None
 ) -> list[QualityGate]:
-    """The gates of stage 1; reads the package's table of contents, not its bytes."""
+    """The gates of stage 1."""
     limit, size = build.max_image_size_bytes, metadata.image_size_bytes
     missing = [label for label in build.required_labels if label not in metadata.labels]
     suits = host_architecture in (None, metadata.architecture)
@@ -312,20 +258,7 @@ def image_gates(
             else metadata.architecture,
             passed=suits,
         ),
-        _completeness(metadata, package),
     ]
-
-
-def _completeness(metadata: ImageMetadata, package: ImagePackage) -> QualityGate:
-    name = "package_complete"
-    try:
-        contents = archive_contents(package.path)
-    except (OSError, ArchiveDamaged) as exc:
-        return _gate(name, f"the package is damaged: {exc}", passed=False)
-    if contents.missing or contents.layers_count != metadata.layers_count:
-        lacking = ", ".join(contents.missing) or f"{metadata.layers_count - contents.layers_count} layer(s)"
-        return _gate(name, f"the engine's export lacks {lacking}; remove {package.path}", passed=False)
-    return _gate(name, f"{contents.layers_count} layer(s)", passed=True)
 
 
 def _gate(name: str, message: str, *, passed: bool) -> QualityGate:

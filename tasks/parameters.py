@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ from receiver.contract import (
     DeploymentConfig,
     HealthCheckConfig,
     ImageTag,
+    PackageFormat,
     Port,
     Transport,
     WireModel,
@@ -77,6 +79,26 @@ WaitSeconds = Annotated[
 ]
 
 
+class Compression(StrEnum):
+    """How a package is compressed on its way."""
+
+    ZSTD = "zstd"
+    GZIP = "gzip"
+    NONE = "none"
+
+    @property
+    def package_format(self) -> PackageFormat:
+        """What the wire calls it."""
+        return _FORMATS[self]
+
+
+_FORMATS = {
+    Compression.ZSTD: PackageFormat.ZSTD,
+    Compression.GZIP: PackageFormat.GZIP,
+    Compression.NONE: PackageFormat.TAR,
+}
+
+
 class BuildOptions(WireModel):
     """How the image is built; the specification's `build_options` with its defaults.
 
@@ -94,6 +116,9 @@ class BuildOptions(WireModel):
     required_labels: list[str] = []
     platform: Annotated[str, AfterValidator(_check_platform)] | None = None
     max_image_size_bytes: Annotated[int, Field(ge=1)] = 2 * 1024**3
+    compression: Compression = Field(
+        default=Compression.ZSTD, description="How the package is compressed: zstd, gzip or none."
+    )
     timeout_ms: Annotated[int, Field(ge=1000)] | None = Field(
         default=None, description="Time for one build attempt; default: the operation's own, 60 s."
     )

@@ -6,7 +6,8 @@ What a builder, a container or a host said is shown as text: no secret, no HTML,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from receiver.contract import DeploymentStatus, HealthAttempt, HostFacts
 from tasks.events import clean_text
@@ -61,6 +62,8 @@ def _summary_rows(result: DeploymentResult, status: DeploymentStatus | None) -> 
     sent_bytes = result.deployment_metrics.get("transferred_bytes")
     if sent_bytes is not None:
         yield f"| Transferred | {_transferred(int(sent_bytes), status)} |"
+    if packed := _packed(result.deployment_metrics):
+        yield f"| Package | {packed} |"
     silent_ms = result.deployment_metrics.get("service_interruption_ms")
     if silent_ms is None and status is not None:
         silent_ms = status.facts.service_interruption_ms
@@ -77,6 +80,15 @@ def _transferred(sent_bytes: int, status: DeploymentStatus | None) -> str:
     if reused_bytes:
         return f"{size(sent_bytes)} sent, {size(reused_bytes)} reused: the host had them"
     return f"{size(sent_bytes)} sent" if sent_bytes else "nothing had to be sent"
+
+
+def _packed(metrics: Mapping[str, Any]) -> str:
+    """Which way was taken, what of the image was left out, and what compression saved."""
+    if metrics.get("transfer_way") not in {"archive", "layers"}:
+        return ""
+    known, sent = int(metrics["layers_known"]), int(metrics["layers_sent"])
+    before, after = size(int(metrics["unpacked_bytes"])), size(int(metrics["package_bytes"]))
+    return f"by {metrics['transfer_way']}: {sent} of {known + sent} layers, {before} in {after}"
 
 
 def _operation_rows(stages: Sequence[StageResult]) -> Iterator[str]:

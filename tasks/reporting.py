@@ -18,9 +18,10 @@ from prefect.logging import get_run_logger
 from prefect.utilities.slugify import slugify
 
 from receiver.contract import DeploymentStatus
+from tasks.delivery import Delivery
 from tasks.events import clean_text, jsonable
 from tasks.outcome import health_status as outcome_of
-from tasks.package import ImageMetadata, ImagePackage
+from tasks.package import ImageMetadata
 from tasks.report import fenced, render_report
 from tasks.results import DeploymentResult
 from tasks.states import StageResult
@@ -44,16 +45,13 @@ async def write_artifact(workflow_id: str, name: str, content: Any) -> str:
     return str(path)
 
 
-async def write_package_artifacts(
-    workflow_id: str, metadata: ImageMetadata, image: ImagePackage
-) -> dict[str, str]:
+async def write_package_artifacts(workflow_id: str, metadata: ImageMetadata) -> dict[str, str]:
     """Stage 1: `deployment_metadata.json` and `image_manifest.json`; returns their paths by name."""
     manifest = {
         "reference": metadata.reference,
-        "config_digest": image.config_digest,
+        "config_digest": metadata.config_digest,
         "layers": metadata.layers,
         "config": metadata.config,
-        "package": image.model_dump(mode="json"),
     }
     return {
         "docker_image": metadata.reference,
@@ -64,16 +62,12 @@ async def write_package_artifacts(
     }
 
 
-async def write_receipt(
-    workflow_id: str, image: ImagePackage, status: DeploymentStatus, *, sent_bytes: int
-) -> dict[str, str]:
+async def write_receipt(workflow_id: str, status: DeploymentStatus, delivery: Delivery) -> dict[str, str]:
     """Stage 2: `transfer_receipt.json`."""
     receipt = {
         "remote_deployment_id": status.deployment_id,
         "state": status.state,
-        "package_bytes": image.size_bytes,
-        "package_blake3": image.blake3,
-        "sent_bytes": sent_bytes,
+        **delivery.model_dump(mode="json"),
     }
     path = await write_artifact(workflow_id, "transfer_receipt.json", receipt)
     return {"transfer_receipt.json": path, "remote_deployment_id": status.deployment_id}

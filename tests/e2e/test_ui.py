@@ -15,7 +15,7 @@ from tests.services import require_service
 
 CONTROL_OPERATIONS = {
     *("1 package: check_host", "1 package: build_docker_image", "1 package: gather_metadata"),
-    *("1 package: export_image", "1 package: validate_image"),
+    "1 package: validate_image",
     *("2 transfer: establish_connection", "2 transfer: send_deployment_request"),
     *("2 transfer: upload_package", "2 transfer: verify_transfer", "3 deploy: start_run_on_host"),
 }

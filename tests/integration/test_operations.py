@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import json
 import socket
 import tarfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,7 +19,16 @@ from docker.errors import ImageNotFound
 from docker.models.containers import Container
 
 from receiver import operations as module
-from receiver.contract import LABEL_CONTAINER, LABEL_IMAGE_TAG, ErrorCode, HealthCheckConfig, HostState
+from receiver.archive import rebuilt
+from receiver.contract import (
+    LABEL_CONTAINER,
+    LABEL_IMAGE_TAG,
+    ErrorCode,
+    HealthCheckConfig,
+    HostState,
+    PackageAnnouncement,
+    PackageFormat,
+)
 from receiver.engine import PackageRefused, PortTaken
 from receiver.health import ContainerUnwell
 from receiver.ledger import StateConflict
@@ -191,6 +201,42 @@ async def test_a_package_with_another_image_is_refused_before_it_is_loaded(
         await take(operations, "deploy_container")
     with pytest.raises(ImageNotFound):
         rig.docker.images.get(other.config_digest)
+    assert_serves(rig, old, name)
+
+
+async def test_a_package_without_the_layers_that_the_engine_has_is_loaded(
+    rig: Rig, name: str, version: str
+) -> None:
+    """Compressed, and of the image nothing but what it is: the layers are those of the base image."""
+    operations = rig.announce(name, version)
+    announced = rig.image(version)
+    bare = io.BytesIO()
+    with closing(rig.docker.images.get(f"test:{version}").save()) as saved:
+        whole = io.BytesIO(b"".join(saved))
+    for block in rebuilt(whole, lambda _: None, lambda member, _: member.name.endswith("layer.tar")):
+        bare.write(block)
+    rig.docker.images.remove(f"test:{version}")
+    operations.package_path().write_bytes(gzip.compress(bare.getvalue()))
+    package = PackageAnnouncement(
+        size_bytes=1, blake3="0" * 64, format=PackageFormat.GZIP, omitted_layers=announced.layers
+    )
+    rig.host.ledger.set_package(operations.deployment_id, package)
+    await take_up_to(operations, "retire")
+    assert rig.docker.containers.get(name).attrs["Image"] == announced.config_digest
+
+
+async def test_a_layer_that_went_after_it_was_left_out_is_told_and_nothing_is_touched(
+    rig: Rig, name: str, version: str
+) -> None:
+    """The next step is to deploy again; the old container serves."""
+    old = rig.serve(name)
+    operations = rig.announce(name, version)
+    move_to_package(rig, version, operations.package_path())
+    gone = "sha256:" + "f" * 64
+    package = PackageAnnouncement(size_bytes=1, blake3="0" * 64, omitted_layers=[gone])
+    rig.host.ledger.set_package(operations.deployment_id, package)
+    with pytest.raises(StepFailed, match=f"gone from it .{gone}.*deploy again"):
+        await take(operations, "deploy_container")
     assert_serves(rig, old, name)
 
 

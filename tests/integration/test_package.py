@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import os
 import shutil
 import subprocess
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +22,15 @@ from prefect.testing.utilities import prefect_test_harness
 
 from deployments.demo_image import static_busybox
 from deployments.lab import Lab, missing_requirement
-from receiver.contract import LABEL_CONTAINER, QualityGate, Stage
-from tasks import builder, package, store
+from receiver.archive import ArchivedImage, checked_package
+from receiver.contract import LABEL_CONTAINER, PackageFormat, QualityGate, Stage
+from receiver.engine import Engine, PackageRefused
+from tasks import builder, exports, package, shared_package, store
 from tasks.errors import BuildFailed, StageTimeout
-from tasks.package import ImageMetadata, ImagePackage, ImageRefused
+from tasks.exports import ExportFailed
+from tasks.package import ImageMetadata, ImageRefused
 from tasks.parameters import BuildOptions, DeploymentParameters
+from tasks.shared_package import Package, PackageKey
 from tasks.stage import StageRun
 from tests.services import require_service
 
@@ -103,10 +106,26 @@ def build(context: Path, name: str = "web", **changes: Any) -> tuple[str, list[s
     return image_id, said
 
 
-def export(context: Path, **changes: Any) -> tuple[ImageMetadata, ImagePackage]:
-    """Build and export `web:v1`."""
-    image_id, _ = build(context, **changes)
-    return package._inspect(image_id, "web:v1"), package._export(image_id, "web:v1")
+def inspected(context: Path, **changes: Any) -> ImageMetadata:
+    """Build `web:v1` and look at it."""
+    return package._inspect(build(context, **changes)[0], "web:v1")
+
+
+def export(context: Path) -> tuple[ImageMetadata, Package]:
+    """Build `web:v1` and make its package."""
+    metadata = inspected(context)
+    return metadata, asyncio.run(packaged(metadata.image_id))
+
+
+async def packaged(
+    image_id: str, reference: str = "web:v1", omitted: Sequence[str] = (), **changes: Any
+) -> Package:
+    """The whole package of an image, made when it is not there."""
+    key = PackageKey(image_id, reference, tuple(omitted), **changes)
+    with shared_package.opened(
+        key, lambda: exports.open_export(image_id, reference, frozenset(omitted))
+    ) as shared:
+        return await shared.finished()
 
 
 def files_of(engine: docker.DockerClient, image_id: str, folder: Path) -> set[str]:
@@ -210,32 +229,67 @@ def test_a_package_is_what_was_written(context: Path, engine: docker.DockerClien
     """BLAKE3 and size of the file, the config digest that is the image's id on this store, and all layers."""
     metadata, exported = export(context)
     content = exported.path.read_bytes()
-    assert exported.size_bytes == len(content)
+    assert exported.size_bytes == len(content) < exported.unpacked_bytes
     assert exported.blake3 == blake3(content).hexdigest()
-    assert exported.config_digest == metadata.image_id
-    assert exported.is_intact()
+    assert shared_package.find_intact(exported.key) == exported
+    assert (
+        metadata.config_digest == metadata.image_id == exports.read_config_digest(metadata.image_id, "web:v1")
+    )
     assert metadata.layers_count == len(metadata.layers) == 4
     assert metadata.architecture == engine.info()["Architecture"].replace("x86_64", "amd64").replace(
         "aarch64", "arm64"
     )
     assert "Env" not in metadata.config
-    announced = package.announce_image(metadata, exported)
+    announced = package.announce_image(metadata)
     assert (announced.config_digest, announced.layers) == (metadata.image_id, metadata.layers)
 
 
-def test_a_package_can_be_loaded_again(context: Path, engine: docker.DockerClient) -> None:
-    """The same image comes back under its name."""
-    metadata, exported = export(context)
+@pytest.mark.parametrize("package_format", PackageFormat)
+def test_a_package_of_any_format_can_be_loaded_again(
+    context: Path, control: Path, lab: Lab, engine: docker.DockerClient, package_format: PackageFormat
+) -> None:
+    """The same image comes back under its name, unpacked while it is loaded."""
+    image_id, _ = build(context)
+    metadata = package._inspect(image_id, "web:v1")
+    made = asyncio.run(packaged(image_id, format=package_format))
     engine.images.remove("web:v1", force=True)
-    engine.images.load(exported.path.read_bytes())
-    assert engine.images.get("web:v1").id == metadata.image_id
+    host = Engine(lab.environment["DOCKER_HOST"])
+    loaded = host.load_image(made.path, package.announce_image(metadata), made.announcement())
+    host.close()
+    assert (loaded.image_id, loaded.config_digest) == (image_id, image_id)
+    assert engine.images.get("web:v1").id == image_id
+
+
+def test_layers_that_the_engine_has_are_left_out_and_the_image_is_the_same(
+    context: Path, control: Path, lab: Lab, engine: docker.DockerClient
+) -> None:
+    """Known is what is shared from the first layer on; without what was left out nothing is loaded."""
+    image_id, _ = build(context)
+    metadata = package._inspect(image_id, "web:v1")
+    announced = package.announce_image(metadata)
+    host = Engine(lab.environment["DOCKER_HOST"])
+    assert host.known_layers(announced) == metadata.layers
+    made = [asyncio.run(packaged(image_id, omitted=metadata.layers[:number])) for number in (2, 4)]
+    whole = asyncio.run(packaged(image_id))
+    assert made[1].unpacked_bytes < made[0].unpacked_bytes < whole.unpacked_bytes
+    engine.images.remove("web:v1", force=True)
+    engine.images.prune()
+    known = host.known_layers(announced)
+    assert known == metadata.layers[:2]  # of the base image
+    shuffled = announced.model_copy(update={"layers": announced.layers[::-1]})
+    assert host.known_layers(shuffled) == []
+    with pytest.raises(PackageRefused, match=f"lacks {metadata.layers[3]}"):
+        host.load_image(made[1].path, announced, made[0].announcement())
+    assert host.find_image(announced) is None
+    assert host.load_image(made[0].path, announced, made[0].announcement()).image_id == image_id
+    host.close()
 
 
 def test_only_the_newest_packages_are_kept(context: Path, control: Path) -> None:
     """Five, by their last use; one that is being read stays, and so does a package under way."""
     folder = control / "packages"
     folder.mkdir(parents=True)
-    old = [folder / f"{number}.tar" for number in range(store.KEPT_PACKAGES + 2)]
+    old = [folder / f"{number}.package" for number in range(store.KEPT_PACKAGES + 2)]
     for number, path in enumerate(old):
         path.write_text("x")
         os.utime(path, (number, number))
@@ -259,8 +313,10 @@ def test_an_export_that_finds_no_room_leaves_nothing(context: Path, control: Pat
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "none", folder], check=True)
     try:
-        with pytest.raises(BuildFailed, match=f"could not be exported to {control}.*No space left") as failed:
-            package._export(image_id, "web:v1")
+        with pytest.raises(
+            ExportFailed, match=f"could not be exported to {control}.*No space left"
+        ) as failed:
+            asyncio.run(packaged(image_id))
         assert getattr(failed.value.__cause__, "errno", None) == errno.ENOSPC
         assert list(folder.iterdir()) == []
     finally:
@@ -272,95 +328,68 @@ def test_an_export_into_a_folder_that_cannot_be_written_is_named(context: Path, 
     image_id, _ = build(context)
     control.mkdir(exist_ok=True)
     (control / "packages").write_text("")
-    with pytest.raises(BuildFailed, match="could not be exported"):
-        package._export(image_id, "web:v1")
+    with pytest.raises(ExportFailed, match="could not be exported"):
+        asyncio.run(packaged(image_id))
 
 
 def test_an_export_of_an_image_that_is_gone_is_named_and_leaves_nothing(context: Path, control: Path) -> None:
     """As when somebody prunes images in between."""
-    with pytest.raises(BuildFailed, match="could not be exported"):
-        package._export("sha256:" + "0" * 64, "gone:v1")
+    with pytest.raises(ExportFailed, match="not in the engine any more"):
+        asyncio.run(packaged("sha256:" + "0" * 64, "gone:v1"))
     assert list((control / "packages").iterdir()) == []
 
 
-def test_a_name_that_was_given_to_another_image_is_not_exported(
-    context: Path, engine: docker.DockerClient
+def test_an_image_whose_name_was_given_away_is_exported_all_the_same(
+    context: Path, control: Path, engine: docker.DockerClient
 ) -> None:
-    """Else the host would run what was not asked for."""
+    """By its id: the host runs what was built, and names it itself."""
     image_id, _ = build(context)
+    engine.images.get(image_id).tag("web", "kept")
     engine.images.get(BASE).tag("web", "v1")
-    with pytest.raises(BuildFailed, match=r"names the image .* by now"):
-        package._export(image_id, "web:v1")
+    made = asyncio.run(packaged(image_id))
+    found: list[ArchivedImage] = []
+    for _ in checked_package(made.path, None, made.announcement(), found.append):
+        pass
+    assert [image.config_digest for image in found] == [image_id]
 
 
 # -- gates -----------------------------------------------------------------------------------------
 
 
-def rewritten(exported: ImagePackage, keep: Callable[[tarfile.TarInfo], bool]) -> ImagePackage:
-    """The package without the members that `keep` refuses."""
-    path = exported.path.with_name("changed.tar")
-    with tarfile.open(exported.path) as old, tarfile.open(path, "w") as new:
-        for member in old:
-            if keep(member):
-                new.addfile(member, old.extractfile(member) if member.isfile() else None)
-    return exported.model_copy(update={"path": path})
-
-
-def without_a_layer(exported: ImagePackage) -> ImagePackage:
-    """The package, but one file that its manifest names."""
-    with tarfile.open(exported.path) as archive:
-        manifest: Any = archive.extractfile("manifest.json")
-        layer = json.load(manifest)[0]["Layers"][0]
-    return rewritten(exported, lambda member: member.name != layer)
-
-
-def cut_off(exported: ImagePackage) -> ImagePackage:
-    """The first half of the package."""
-    path = exported.path.with_name("half.tar")
-    path.write_bytes(exported.path.read_bytes()[: exported.size_bytes // 2])
-    return exported.model_copy(update={"path": path})
-
-
 def gates_of(
-    metadata: ImageMetadata, exported: ImagePackage, build: BuildOptions, architecture: str | None = None
+    metadata: ImageMetadata, build: BuildOptions, architecture: str | None = None
 ) -> list[QualityGate]:
     """The gates that did not pass."""
-    return [gate for gate in package.image_gates(metadata, exported, build, architecture) if not gate.passed]
+    return [gate for gate in package.image_gates(metadata, build, architecture) if not gate.passed]
 
 
 def test_a_good_image_passes_every_gate(context: Path) -> None:
     """Also while the host's architecture is unknown."""
-    metadata, exported = export(context, build_args={"VERSION": "1"})
+    metadata = inspected(context, build_args={"VERSION": "1"})
     asked = options(context, required_labels=["version", LABEL_CONTAINER])
     for architecture in (None, metadata.architecture):
-        gates = package.image_gates(metadata, exported, asked, architecture)
+        gates = package.image_gates(metadata, asked, architecture)
         assert all(gate.passed for gate in gates)
         assert [gate.name for gate in gates] == [
             *("image_built_successfully", "image_size_within_limits", "required_metadata_collected"),
-            *("architecture_equals_host", "package_complete"),
+            "architecture_equals_host",
         ]
 
 
 def test_each_gate_fails_alone_and_says_the_fix(context: Path) -> None:
-    """Size, label, architecture, a missing layer, a torn archive, an archive that is gone."""
-    metadata, exported = export(context)
-    plain, size = options(context), metadata.image_size_bytes
-    no_file = exported.model_copy(update={"path": exported.path.with_name("none.tar")})
+    """Size, label, architecture."""
+    metadata = inspected(context)
+    size = metadata.image_size_bytes
     cases = [
-        (exported, options(context, max_image_size_bytes=size), None, "image_size_within_limits", f"{size}"),
-        (exported, options(context, required_labels=["a", "b"]), None, "required_metadata_collected", "a, b"),
-        (exported, plain, "s390x", "architecture_equals_host", "platform to linux/s390x"),
-        (without_a_layer(exported), plain, None, "package_complete", "lacks"),
-        (cut_off(exported), plain, None, "package_complete", "damaged"),
-        (no_file, plain, None, "package_complete", "damaged"),
+        (options(context, max_image_size_bytes=size), None, "image_size_within_limits", f"{size}"),
+        (options(context, required_labels=["a", "b"]), None, "required_metadata_collected", "a, b"),
+        (options(context), "s390x", "architecture_equals_host", "platform to linux/s390x"),
     ]
-    for changed, asked, architecture, name, said in cases:
-        failed = gates_of(metadata, changed, asked, architecture)
+    for asked, architecture, name, said in cases:
+        failed = gates_of(metadata, asked, architecture)
         assert [gate.name for gate in failed] == [name]
         assert said in failed[0].message
-    assert gates_of(metadata, exported, options(context, max_image_size_bytes=size + 1)) == []
-    other = metadata.model_copy(update={"layers_count": metadata.layers_count + 1})
-    assert "1 layer(s)" in gates_of(other, exported, plain)[0].message
+    assert gates_of(metadata, options(context, max_image_size_bytes=size + 1)) == []
 
 
 # -- with Prefect ------------------------------------------------------------------------------------
@@ -374,15 +403,15 @@ def prefect_server() -> Iterator[None]:
 
 
 @flow
-async def stage_1(build_options: dict[str, Any]) -> tuple[str, ImagePackage, dict[str, str]]:
-    """Build and export; the image's id, the package, and what the operations said of themselves."""
+async def stage_1(build_options: dict[str, Any]) -> tuple[str, Package, dict[str, str]]:
+    """Build and package; the image's id, the package, and what the operations said of themselves."""
     asked = DeploymentParameters.model_validate(
         {"container_name": "cached", "remote_host": "host-a", "build_options": build_options}
     )
     stage = StageRun(Stage.PACKAGE, datetime.now(UTC))
     image_id = await package.build_or_reuse(stage, asked)
     metadata = await stage.run(package.gather_metadata, image_id, "cached:latest")
-    exported = await package.export_or_reuse(stage, metadata)
+    exported = await packaged(metadata.image_id, "cached:latest")
     return image_id, exported, {done.name: done.message for done in stage.operations}
 
 
@@ -392,11 +421,13 @@ async def test_what_is_unchanged_is_neither_built_nor_exported_again(
     """Unless it is gone: the cache is believed only while image and package are there."""
     asked = {"build_context": str(context), "build_args": {"VERSION": context.parent.name}}
     image_id, exported, said = await stage_1(asked)
-    assert said["build_docker_image"] == said["export_image"] == ""
+    assert said["build_docker_image"] == ""
+    written = exported.path.stat()
 
     again_id, again, said = await stage_1(asked)
     assert (again_id, again) == (image_id, exported)
-    assert said["build_docker_image"] == said["export_image"] == "cached"
+    assert said["build_docker_image"] == "cached"
+    assert os.path.samestat(again.path.stat(), written)
 
     engine.images.remove("cached:latest", force=True)
     engine.images.prune()
@@ -405,10 +436,10 @@ async def test_what_is_unchanged_is_neither_built_nor_exported_again(
     assert engine.images.get("cached:latest").id == rebuilt_id
 
     exported = (await stage_1(asked))[1]
-    exported.path.unlink()
+    exported.path.write_bytes(bytes(exported.size_bytes))
     same_id, again, said = await stage_1(asked)
-    assert (same_id, said["build_docker_image"], said["export_image"]) == (rebuilt_id, "cached", "")
-    assert again.is_intact()
+    assert (same_id, said["build_docker_image"]) == (rebuilt_id, "cached")
+    assert shared_package.find_intact(again.key) == again == exported
 
     engine.images.get(BASE).tag("cached", "latest")  # somebody gave the name away
     assert (await stage_1(asked))[0] == rebuilt_id
@@ -417,15 +448,15 @@ async def test_what_is_unchanged_is_neither_built_nor_exported_again(
     (context / "app.txt").write_text("changed")
     changed_id, _, said = await stage_1(asked)
     assert changed_id != rebuilt_id
-    assert said["build_docker_image"] == said["export_image"] == ""
+    assert said["build_docker_image"] == ""
 
 
 @flow
-async def checked(metadata: ImageMetadata, exported: ImagePackage, build: BuildOptions) -> StageRun:
+async def checked(metadata: ImageMetadata, build: BuildOptions) -> StageRun:
     """`validate_image` as the stage runs it."""
     stage = StageRun(Stage.PACKAGE, datetime.now(UTC))
     with pytest.raises(ImageRefused, match="missing labels: team"):
-        await package.check_image(stage, metadata, exported, build, None)
+        await package.check_image(stage, metadata, build, None)
     return stage
 
 
@@ -433,9 +464,9 @@ async def test_an_image_that_is_refused_leaves_all_its_gates_in_the_stage(
     prefect_server: None, context: Path
 ) -> None:
     """The report shows what passed and what did not; the operation failed, once."""
-    stage = await checked(*export(context), options(context, required_labels=["team"]))
+    stage = await checked(inspected(context), options(context, required_labels=["team"]))
     assert [gate.name for gate in stage.gates if not gate.passed] == ["required_metadata_collected"]
-    assert len(stage.gates) == 5
+    assert len(stage.gates) == 4
     assert [(done.name, done.success) for done in stage.operations] == [("validate_image", False)]
 
 

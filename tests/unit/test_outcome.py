@@ -19,6 +19,7 @@ from receiver.contract import (
     Stage,
 )
 from tasks import outcome
+from tasks.delivery import Delivery, already_there
 from tasks.errors import (
     ERROR_CLASSES,
     BuildFailed,
@@ -27,10 +28,11 @@ from tasks.errors import (
     ParametersRefused,
     TransferFailed,
 )
+from tasks.exports import ExportFailed
 from tasks.results import DeploymentResult, DeploymentUnsuccessful
 from tasks.results import outcome as in_words
 from tasks.states import WorkflowState
-from tasks.transfer import transfer_gates
+from tasks.transfer import package_gate, transfer_gates
 from tasks.workflow import as_failure
 
 BEGAN = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
@@ -349,3 +351,12 @@ def test_a_gate_of_stage_2_is_passed_when_something_proved_it(
         *("remote_endpoint_reachable", "transfer_acknowledged", "hmac_authentication_successful"),
     ]
     assert all(bool(gate.message) is not gate.passed for gate in gates)
+
+
+def test_a_package_is_complete_but_for_the_layers_that_the_host_has() -> None:
+    """The gate says how many were sent, or why there is no package."""
+    sent = package_gate(Delivery(way="archive", layers_known=3, layers_sent=1))
+    assert (sent.passed, sent.message) == (True, "by archive: 1 of 4 layers")
+    assert package_gate(already_there(["a"])).message == "the host has the image"
+    failed = package_gate(ExportFailed("it lacks sha256:abc"))
+    assert (failed.passed, failed.message) == (False, "it lacks sha256:abc")

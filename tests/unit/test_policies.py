@@ -96,10 +96,10 @@ def test_every_operation_is_retried_only_for_errors_that_allow_it(name: str) -> 
     assert OPERATIONS[name].retry_condition_fn is retry_only_retryable
 
 
-def test_only_build_and_export_are_cached() -> None:
+def test_only_what_is_known_of_an_image_is_cached() -> None:
     """Nothing that asks or changes a host may be answered from a cache."""
     cached = {name for name, found in OPERATIONS.items() if found.cache_key_fn is not None}
-    assert cached == {"build_docker_image", "export_image"}
+    assert cached == {"build_docker_image", "read_config_digest"}
     assert {name for name, found in OPERATIONS.items() if found.persist_result} == cached
 
 

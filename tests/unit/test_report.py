@@ -169,6 +169,16 @@ def test_the_summary_says_what_travelled_and_how_long_nothing_served(sent_bytes:
     ]
 
 
+def test_the_summary_says_which_way_was_taken_and_what_was_left_out() -> None:
+    """Layers sent of all, bytes before and after compression; nothing of a package where none was made."""
+    metrics = {"transferred_bytes": 9, "transfer_way": "archive", "layers_known": 3, "layers_sent": 1}
+    metrics |= {"unpacked_bytes": 4_210_000, "package_bytes": 1_300_000}
+    report = render_report(result(deployment_metrics=metrics), [], status())
+    assert "| Package | by archive: 1 of 4 layers, 4.2 MB in 1.3 MB |" in report
+    none = render_report(result(deployment_metrics={**metrics, "transfer_way": "none"}), [], status())
+    assert "| Package |" not in none
+
+
 def test_a_rollback_by_hand_sends_nothing() -> None:
     """There is no package to count against."""
     kept = result(deployment_metrics={"transferred_bytes": 0}, rollback_result=None)

@@ -15,6 +15,7 @@ from typing import Any
 from tests.faults.inject.holding import armed_at, arrive
 
 _times: dict[str, int] = {}
+_FIRST_CHUNK_BYTES = 500  # the smallest package, of no layer at all, has more
 
 
 # -- whose process is it -----------------------------------------------------------------------
@@ -76,19 +77,30 @@ def _locks(module: ModuleType) -> None:
 
 def _uploads(module: ModuleType) -> None:
     client = module.ReceiverClient
-    upload, send_chunk = client.upload, client.send_chunk
-
-    async def in_parts(self: Any, deployment_id: str, path: Any, **options: Any) -> Any:
-        if armed_at("mid upload_package"):
-            options["chunk_bytes"] = path.stat().st_size // 3 + 1
-        return await upload(self, deployment_id, path, **options)
+    send_chunk = client.send_chunk
 
     async def told(self: Any, deployment_id: str, offset: int, chunk: bytes) -> Any:
         if offset > 0:
             arrive("mid upload_package", _of_flow)
         return await send_chunk(self, deployment_id, offset, chunk)
 
-    client.upload, client.send_chunk = in_parts, told
+    client.send_chunk = told
+
+
+def _streams(module: ModuleType) -> None:
+    send = module.send
+
+    async def in_parts(receiver: Any, deployment_id: str, source: Any, **options: Any) -> Any:
+        read = source.read
+
+        async def read_little_first(offset: int, size_bytes: int) -> Any:
+            return await read(offset, size_bytes if offset else min(size_bytes, _FIRST_CHUNK_BYTES))
+
+        if armed_at("mid upload_package"):
+            source.read = read_little_first
+        return await send(receiver, deployment_id, source, **options)
+
+    module.send = in_parts
 
 
 def _operations(module: ModuleType) -> None:
@@ -148,6 +160,7 @@ _WRAPPERS: dict[str, Callable[[ModuleType], None]] = {
     "tasks.records": _records,
     "tasks.active": _locks,
     "blocks.receiver_client": _uploads,
+    "blocks.package_stream": _streams,
     "receiver.operations": _operations,
     "receiver.ledger": _ledgers,
     "receiver.engine": _engines,

@@ -1,0 +1,147 @@
+"""A package sent while it is still made: chunks as they come, its announcement at the end.
+
+Bytes that the host holds are gone on with only when their BLAKE3 is that of our own first bytes; else they
+are dropped there. Must not import Prefect, nor know how a package is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Protocol
+
+from blocks.receiver_client import (
+    UPLOAD_CHUNK_BYTES,
+    OffsetRefused,
+    Progress,
+    ReceiverClient,
+    ReceiverError,
+    pause_seconds,
+)
+from receiver.contract import HostState, PackageAnnouncement
+
+
+class Replaced(Exception):
+    """The package is made anew: what was sent may be of another one"""
+
+
+class PackageSource(Protocol):
+    """A package that may still grow. Each call waits for what it needs, and may raise `Replaced`."""
+
+    async def look(self) -> None:
+        """See whether it is whole by now."""
+
+    async def read(self, offset: int, size_bytes: int, /) -> bytes:
+        """That many bytes, fewer at the end only."""
+
+    async def digest(self, size_bytes: int, /) -> str | None:
+        """BLAKE3 of its first bytes; None when it has fewer."""
+
+    def announcement(self) -> PackageAnnouncement | None:
+        """The package once it is whole."""
+
+
+@dataclass
+class _Stream:
+    """One package on its way: how far it is, and how many tries in a row brought nothing."""
+
+    receiver: ReceiverClient
+    deployment_id: str
+    source: PackageSource
+    progress: Progress | None
+    chunk_bytes: int
+    offset: int = 0
+    proven: int = 0
+    farthest: int = 0
+    taken_bytes: int = 0
+    fruitless: int = 0
+    must_ask: bool = True
+    has_begun: bool = False
+    is_announced: bool = False
+    is_taken: bool = False
+
+    async def advance(self) -> None:
+        """The next call to the host."""
+        if self.must_ask:
+            await self._take_bearings()
+            return
+        chunk = await self.source.read(self.offset, self.chunk_bytes)
+        if not chunk:
+            self.is_taken = await self._announce()
+            self.must_ask = not self.is_taken
+            return
+        self._learn(await self.receiver.send_chunk(self.deployment_id, self.offset, chunk))
+
+    async def _announce(self) -> bool:
+        """True when the host has verified the whole; raises what it refuses."""
+        announcement = self.source.announcement()
+        if announcement is None:
+            return False
+        answer = await self.receiver.announce_package(self.deployment_id, announcement)
+        self.is_announced = True
+        return answer.state is not HostState.RECEIVING
+
+    async def _take_bearings(self) -> None:
+        """Announce what is whole already, then go on from what the host holds, if it is ours."""
+        await self.source.look()
+        if not self.is_announced:
+            self.is_taken = await self._announce()
+        if self.is_taken:
+            return
+        held = await self.receiver.held(self.deployment_id)
+        if held.offset > self.proven and held.blake3 is None:
+            await asyncio.sleep(self.receiver.config.first_pause_seconds)  # a chunk is being written there
+            return
+        if held.offset > self.proven and held.blake3 != await self.source.digest(held.offset):
+            await self.receiver.drop_package(self.deployment_id)
+            self._learn(0)
+            return
+        self._learn(held.offset)
+
+    def _learn(self, offset: int) -> None:
+        if self.has_begun:  # what was there before is not ours; what is more than we know of, we sent
+            self.taken_bytes += max(0, offset - self.offset)
+        self.offset = self.proven = offset
+        self.has_begun, self.must_ask = True, False
+        # Measured against the farthest point: a host that loses bytes again and again makes no progress.
+        if offset > self.farthest:
+            self.farthest, self.fruitless = offset, 0
+        announcement = self.source.announcement()
+        if self.progress:
+            self.progress(offset, announcement.size_bytes if announcement else 0)
+
+    def stumble(self) -> None:
+        self.fruitless += 1
+        self.must_ask = True
+
+    def begin_anew(self) -> None:
+        self.proven, self.must_ask = 0, True
+
+
+async def send(
+    receiver: ReceiverClient,
+    deployment_id: str,
+    source: PackageSource,
+    *,
+    progress: Progress | None = None,
+    chunk_bytes: int = UPLOAD_CHUNK_BYTES,
+    max_resumes: int = 8,
+) -> int:
+    """Send the package until the host has verified it, one chunk in memory at a time.
+
+    After a broken connection, a wrong offset or a busy host it asks what is held and goes on; it raises the
+    last error after `max_resumes` tries in a row that brought nothing. `progress` gets (bytes that the host
+    holds, bytes of the package or 0 while nobody knows). Gives the bytes that the host took in this call.
+    """
+    stream = _Stream(receiver, deployment_id, source, progress, chunk_bytes)
+    while not stream.is_taken:
+        try:
+            await stream.advance()
+        except Replaced:
+            stream.begin_anew()
+        except ReceiverError as exc:
+            if not (exc.retryable or isinstance(exc, OffsetRefused)) or stream.fruitless >= max_resumes:
+                raise
+            stream.stumble()
+            await asyncio.sleep(pause_seconds(stream.fruitless, receiver.config.first_pause_seconds, exc))
+    return stream.taken_bytes

@@ -1,0 +1,177 @@
+"""An image as the bytes of a docker-archive without the layers that a host has. Blocking; no Prefect.
+
+`open_export` chooses the way. Each yields an archive that loads where the omitted layers are, and its end
+only when it is the asked image and lacks nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from docker import DockerClient
+from docker.errors import DockerException, ImageNotFound
+from requests.exceptions import RequestException
+from urllib3.exceptions import HTTPError
+
+from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, Readable, rebuilt
+from tasks import builder
+from tasks.errors import TransferFailed
+
+Way = Literal["archive", "layers"]
+_BLOBS = "blobs/sha256/"
+_LEGACY_LAYER = "/layer.tar"
+# What Docker up to 24 makes a layer's folder name of: the settings of a container that has none.
+_NO_CONFIG = {
+    "Hostname": "",
+    "Domainname": "",
+    "User": "",
+    "AttachStdin": False,
+    "AttachStdout": False,
+    "AttachStderr": False,
+    "Tty": False,
+    "OpenStdin": False,
+    "StdinOnce": False,
+    "Env": None,
+    "Cmd": None,
+    "Image": "",
+    "Volumes": None,
+    "WorkingDir": "",
+    "Entrypoint": None,
+    "OnBuild": None,
+    "Labels": None,
+}
+
+
+class ExportFailed(TransferFailed):
+    """The image could not be exported from the control host's engine"""
+
+    next_step = "See that the image is in the engine (docker images) and that its disk is well; deploy again."
+
+
+@dataclass(frozen=True)
+class Export:
+    """An archive under way, and how it is made."""
+
+    way: Way
+    blocks: Generator[bytes]
+
+
+def open_export(image_id: str, reference: str, omitted: frozenset[str]) -> Export:
+    """The archive of an image by the quickest way that its engine allows."""
+    return Export("archive", save_export(image_id, reference, omitted))
+
+
+def save_export(image_id: str, reference: str, omitted: frozenset[str]) -> Generator[bytes]:
+    """By the engine's `save`, which reads the whole image. Raises `ExportFailed`."""
+    with _export_errors(image_id):
+        client = builder.connect()
+        try:
+            layers = list(client.images.get(image_id).attrs["RootFS"].get("Layers") or ())
+            known = _KnownLayers(layers, omitted)
+            with closing(_saved(client, image_id, reference)) as saved:
+                yield from rebuilt(cast("Readable", _Blocks(saved)), _checks(layers, omitted), known.is_one)
+        finally:
+            client.close()
+
+
+def read_config_digest(image_id: str, reference: str) -> str:
+    """The image's config digest, for engines whose image id is another: read from a whole export."""
+    found: list[ArchivedImage] = []
+    with _export_errors(image_id):
+        client = builder.connect()
+        try:
+            with closing(_saved(client, image_id, reference)) as saved:
+                for _ in rebuilt(cast("Readable", _Blocks(saved)), found.append):
+                    pass
+        finally:
+            client.close()
+    return found[0].config_digest
+
+
+def _saved(client: DockerClient, image_id: str, reference: str) -> Iterator[bytes]:
+    """By its name, unless that was given to another image meanwhile: then nameless, and named by the host."""
+    name = reference if reference in client.images.get(image_id).tags else image_id
+    return cast("Iterator[bytes]", client.api.get_image(name, BLOCK_BYTES))
+
+
+def _checks(layers: list[str], omitted: frozenset[str]) -> Callable[[ArchivedImage], None]:
+    return lambda image: image.check(image.config_digest, layers, omitted)
+
+
+class _Blocks:
+    """Blocks as a file that is read once."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks, self._rest = blocks, b""
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes; none at the end."""
+        while not self._rest:
+            block = next(self._blocks, None)
+            if block is None:
+                return b""
+            self._rest = block
+        given, self._rest = self._rest[:size], self._rest[size:]
+        return given
+
+
+class _KnownLayers:
+    """Which members of an engine's export hold the layers that are left out."""
+
+    def __init__(self, layers: Sequence[str], omitted: frozenset[str]) -> None:
+        self._layers, self._omitted = layers, omitted
+        self._folders = legacy_folders(layers[:-1])
+
+    def is_one(self, member: tarfile.TarInfo, documents: Mapping[str, bytes]) -> bool:
+        """True for a layer in `omitted`; one that is not recognised is sent."""
+        name = member.name
+        if name.startswith(_BLOBS):
+            return f"sha256:{name.removeprefix(_BLOBS)}" in self._omitted
+        if not name.endswith(_LEGACY_LAYER):
+            return False
+        return self._layer_in(name.removesuffix(_LEGACY_LAYER), documents) in self._omitted
+
+    def _layer_in(self, folder: str, documents: Mapping[str, bytes]) -> str | None:
+        """By the folder's name; the top layer's depends on the whole image, and is known by its parent."""
+        if folder in self._folders:
+            return self._folders[folder]
+        parent = json.loads(documents.get(f"{folder}/json", b"{}")).get("parent")
+        below = list(self._folders)[-1] if self._folders else None
+        return self._layers[-1] if parent == below else None
+
+
+def legacy_folders(layers: Sequence[str]) -> dict[str, str]:
+    """Folder name in an export of Docker up to 24, and diff id, of layers that are not an image's last.
+
+    The name is a digest over the layer and all below it, so that it can stand for no other one.
+    """
+    chain, parent, found = "", "", dict[str, str]()
+    for layer in layers:
+        chain = _digest(f"{chain} {layer}".encode()) if chain else layer
+        config = {"container_config": _NO_CONFIG, "created": "1970-01-01T00:00:00Z", "layer_id": chain}
+        document = config | ({"parent": parent} if parent else {})
+        parent = _digest(json.dumps(document, separators=(",", ":")).encode())
+        found[parent.removeprefix("sha256:")] = layer
+    return found
+
+
+def _digest(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+@contextmanager
+def _export_errors(image_id: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageNotFound as exc:
+        raise ExportFailed(
+            f"image {image_id} is not in the engine any more", next_step="Deploy again: it is built anew."
+        ) from exc
+    except (ArchiveDamaged, DockerException, RequestException, HTTPError, OSError) as exc:
+        raise ExportFailed(f"the image could not be exported: {exc}") from exc
