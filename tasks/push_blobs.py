@@ -73,9 +73,9 @@ class Intake:
     def finish(self, digest: str) -> Blob | None:
         """The blob, or None when it was thrown away; raises `WrongDigest` with nothing kept."""
         found = f"sha256:{self._digest.hexdigest()}"
-        if self._head:
-            self._begin(self._head)
-            self._decode(b"")
+        if head := self._head:  # shorter than what tells a compression
+            self._begin(head)
+            self._decode(head)
         whole = self._gzip is None or self._gzip.is_whole
         if found != digest or not whole:
             self.drop()

@@ -80,7 +80,8 @@ class Gateway:
         self._check()
         upload = secrets.token_hex(16)
         path = self._folder / upload if self._folder else None
-        self._uploads[upload] = Intake(path, self._spend)
+        with self._writing():
+            self._uploads[upload] = Intake(path, self._spend)
         return upload
 
     def receive(self, upload: str, body: Iterator[bytes]) -> int:
@@ -91,13 +92,15 @@ class Gateway:
         with self._taken(upload) as intake, self._turn:
             for block in body:
                 self._check()
-                intake.write(block)
+                with self._writing():
+                    intake.write(block)
         return intake.received_bytes
 
     def finish(self, upload: str, digest: str) -> None:
         """Close an upload; raises `WrongDigest` or `UnknownUpload`, and neither keeps anything."""
-        intake = self._take(upload)
-        if blob := intake.finish(digest):
+        with self._writing():
+            blob = self._take(upload).finish(digest)
+        if blob is not None:
             self.blobs[digest] = blob
 
     def cancel(self, upload: str) -> None:
@@ -116,12 +119,19 @@ class Gateway:
         intake = self._take(upload)
         try:
             yield intake
-        except BaseException as exc:
+        except BaseException:
             intake.drop()
-            if isinstance(exc, OSError) and exc.errno is not None and not isinstance(exc, ConnectionError):
-                self.refuse(f"what the engine sent could not be written: {exc}")
             raise
         self._uploads[upload] = intake
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A disk that takes no more ends the push."""
+        try:
+            yield
+        except OSError as exc:
+            self.refuse(f"what the engine sends cannot be written: {exc}")
+            raise PushRefused(self.refusal) from exc
 
     def _take(self, upload: str) -> Intake:
         try:
