@@ -43,7 +43,7 @@ async def wanted(image: ImageMetadata) -> bool:
 
 
 async def request(image: ImageMetadata) -> None:
-    """Start a run of `learn-layers`, independent of this one. Never raises."""
+    """Start a run of `learn-layers`, independent of this one; one for an image. Never raises."""
     try:
         async with asyncio.timeout(_TRIGGER_SECONDS):
             await run_deployment(  # type: ignore[misc]  # async within a flow, by prefect's dispatch
@@ -51,6 +51,7 @@ async def request(image: ImageMetadata) -> None:
                 parameters={"image_id": image.image_id, "reference": image.reference},
                 timeout=0,
                 as_subflow=False,
+                idempotency_key=image.image_id,  # several hosts are given the same image
             )
     except Exception as exc:  # noqa: BLE001 - as above
         get_run_logger().warning("the image's layers will not be learnt now: %s", exc)

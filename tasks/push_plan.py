@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from tasks.errors import BuildFailed
 
 # An engine compresses what it pushes, and reads the whole image when it saves one (measured: README).
-PUSHED_BYTES_PER_SECOND = 35_000_000
-SAVED_BYTES_PER_SECOND = 115_000_000
+PUSHED_BYTES_PER_SECOND = 20_000_000
+SAVED_BYTES_PER_SECOND = 110_000_000
 _MIB = 1024 * 1024
 _LEEWAY_BYTES = 64 * _MIB
 _TAR_OVERHEAD = 1.3  # of many small files
