@@ -66,7 +66,8 @@ def inspect_image(client: docker.DockerClient, image_id: str) -> EngineImage:
     """Raises `PushUnsuitable` when the image is gone."""
     try:
         layers = client.images.get(image_id).attrs["RootFS"].get("Layers") or []
-        history = [int(step["Size"]) for step in cast("list[dict[str, Any]]", client.api.history(image_id))]
+        steps: list[dict[str, Any]] = client.api.history(image_id)  # type: ignore[no-untyped-call]  # a stub
+        history = [int(step["Size"]) for step in steps]
         engine_id = str(client.info()["ID"])
     except ImageNotFound as exc:
         raise PushUnsuitable(f"the engine has no image {image_id}") from exc

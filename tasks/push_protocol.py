@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from email.message import Message
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BufferedReader
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import parse_qs, urlsplit
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _BLOCK_BYTES = 256 * 1024
 _IDLE_SECONDS = 120
+_TLS = b"\x16"  # a handshake
 _ROUTES = (
     ("HEAD", re.compile(r"blobs/(sha256:[0-9a-f]{64})"), "_look"),
     ("POST", re.compile(r"blobs/uploads/?"), "_begin"),
@@ -92,6 +94,21 @@ class Handler(BaseHTTPRequestHandler):
     timeout = _IDLE_SECONDS
     disable_nagle_algorithm = True
     server: Server
+
+    def handle_one_request(self) -> None:
+        """As the parent; an engine that tries TLS first is told in words that it understands."""
+        stream = cast("BufferedReader", self.rfile)
+        try:
+            speaks_tls = stream.peek(1).startswith(_TLS)
+        except OSError:
+            self.close_connection = True
+            return
+        if not speaks_tls:
+            super().handle_one_request()
+            return
+        stream.read1(_BLOCK_BYTES)  # what is not read would reset the connection before the answer is
+        self.wfile.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        self.close_connection = True
 
     def log_message(self, *_: Any) -> None:
         """Nothing: the path holds the push's secret."""
