@@ -33,10 +33,14 @@ async def wanted(image: ImageMetadata) -> bool:
 
     Never raises: a deployment that went well does not fail by what comes after it.
     """
+    from tasks.push_plan import PushUnsuitable  # what most deployments need not import
+
     if image.image_size_bytes < WORTH_BYTES:
         return False
     try:
         return await asyncio.to_thread(_unknown_bytes, image.image_id) >= WORTH_BYTES
+    except PushUnsuitable:
+        return False  # the engine is elsewhere
     except Exception as exc:  # noqa: BLE001 - whatever it is, the deployment is complete
         get_run_logger().warning("not known whether layers are worth learning: %s", exc)
         return False
@@ -58,7 +62,7 @@ async def request(image: ImageMetadata) -> None:
 
 
 def _unknown_bytes(image_id: str) -> int:
-    from tasks import push_engine, push_export  # what most deployments need not import
+    from tasks import push_engine, push_export
 
     with push_engine.connected() as client:
         image = push_engine.inspect_image(client, image_id)
@@ -81,7 +85,7 @@ def learn_layers(image_id: str) -> int:
     The thread gets the lowest priority; the engine compresses one layer at a time. Nothing is done for an
     image whose layers are known. Raises `PushUnsuitable` for an engine that is not on this machine.
     """
-    from tasks import push_engine, push_export  # what a deployment need not import
+    from tasks import push_engine, push_export
     from tasks.push_folder import push_folder
     from tasks.push_gateway import Gateway
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from threading import Timer
 from typing import Any, cast
@@ -112,10 +113,12 @@ def _explain(error: str, gateway: Gateway) -> str:
 
 
 def remove_name(client: docker.DockerClient, name: str) -> None:
-    """Take the name of a push away, with the digest that the engine noted under it; it may be gone."""
+    """Take the name of a push away, with the digest that the engine noted under it; it may be gone.
+
+    Never by force. It stays where it is all that names the image of a container.
+    """
     try:
         client.api.remove_image(name, noprune=True)
-    except ImageNotFound:
-        return
     except APIError as exc:
-        raise PushUnsuitable(f"{name} could not be taken away; run: docker rmi {name} ({exc})") from exc
+        if exc.status_code not in (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT):
+            raise PushUnsuitable(f"{name} could not be taken away; run: docker rmi {name} ({exc})") from exc

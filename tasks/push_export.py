@@ -9,6 +9,7 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,10 @@ _ATTEMPTS = 2
 
 @dataclass(frozen=True)
 class Pushed:
-    """An image as the gateway has it: its configuration, and files of layers by diff id."""
+    """An image as the gateway has it: its configuration, its layers, and files of those that were sent."""
 
     config: bytes
+    layers: tuple[str, ...]
     files: dict[str, Path]
 
 
@@ -50,16 +52,18 @@ def push_export(image_id: str, reference: str, omitted: frozenset[str]) -> Itera
     All of the push happens before the first byte, and so does every failure: `PushUnsuitable` means that
     the image is better exported another way. Closing the generator leaves nothing behind.
     """
-    with (
-        push_engine.connected() as client,
-        push_folder(partial(push_engine.remove_name, client)) as folder,
-    ):
+    with ExitStack() as in_use:
         try:
-            image = push_engine.inspect_image(client, image_id)
-            pushed = _push(client, image, omitted, folder)
+            pushed = _pushed(in_use, image_id, omitted)
         except (DockerException, sqlite3.Error, OSError) as exc:
             raise PushUnsuitable(f"the push could not be prepared or read: {exc}") from exc
-        yield from docker_archive(reference, pushed.config, image.layers, pushed.files)
+        yield from docker_archive(reference, pushed.config, pushed.layers, pushed.files)
+
+
+def _pushed(in_use: ExitStack, image_id: str, omitted: frozenset[str]) -> Pushed:
+    client = in_use.enter_context(push_engine.connected())
+    folder = in_use.enter_context(push_folder(partial(push_engine.remove_name, client)))
+    return _push(client, push_engine.inspect_image(client, image_id), omitted, folder)
 
 
 def _push(client: docker.DockerClient, image: EngineImage, omitted: frozenset[str], folder: Path) -> Pushed:
@@ -88,10 +92,12 @@ def _push(client: docker.DockerClient, image: EngineImage, omitted: frozenset[st
 
 def manifest_of(gateway: Gateway, layers_count: int) -> dict[str, Any]:
     """The manifest that was pushed, among those of an index; raises `PushUnsuitable`."""
-    for content in gateway.manifests.values():
-        manifest = json.loads(content)
-        if "config" in manifest and len(manifest.get("layers") or ()) == layers_count:
-            return dict(manifest)
+    for content in reversed(gateway.manifests.values()):
+        manifest: dict[str, Any] = json.loads(content)
+        layers = manifest.get("layers") or ()
+        attests = any("in-toto" in layer.get("mediaType", "") for layer in layers)
+        if "config" in manifest and len(layers) == layers_count and not attests:
+            return manifest
     raise PushUnsuitable("the engine pushed no manifest of an image with as many layers")
 
 
@@ -115,4 +121,4 @@ def _verified(
     files = {diff_id: path for diff_id, path in received.items() if diff_id not in known}
     if wrong := {*image.layers} - known - files.keys():
         raise PushUnsuitable(f"what the engine sent is not the layer {', '.join(sorted(wrong))}")
-    return Pushed(config, files)
+    return Pushed(config, image.layers, files)

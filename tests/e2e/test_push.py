@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
-import json
 import random
 import shutil
 import tarfile
@@ -22,6 +22,7 @@ from deployments.lab import Lab
 from tasks import learning, push_plan
 from tasks.docker_archive import layer_name
 from tasks.layer_index import LayerIndex
+from tasks.package import ImageMetadata
 from tasks.push_export import PushUnsuitable, layer_index, push_export
 from tests.e2e.deploying import wait_for
 
@@ -93,6 +94,22 @@ def layers_of(image: Image) -> list[str]:
     return [str(diff_id) for diff_id in image.attrs["RootFS"]["Layers"]]
 
 
+def metadata_of(image: Image) -> ImageMetadata:
+    """What a deployment knows of it."""
+    return ImageMetadata(
+        image_id=str(image.id),
+        reference=image.tags[0],
+        image_size_bytes=image.attrs["Size"],
+        creation_time=image.attrs["Created"],
+        layers_count=len(layers_of(image)),
+        layers=layers_of(image),
+        architecture=image.attrs["Architecture"],
+        os=image.attrs["Os"],
+        labels={},
+        config={},
+    )
+
+
 def export(lab: Lab, image: Image, omitted: Iterable[str]) -> bytes:
     """The whole archive."""
     reference, left_out = image.tags[0], frozenset(omitted)
@@ -114,14 +131,21 @@ def assert_nothing_is_left(engine: docker.DockerClient, home: Path) -> None:
 
 
 def test_only_the_changed_layer_is_exported_and_the_host_gets_the_same_image(
-    lab: Lab, control: docker.DockerClient, images: tuple[Image, Image], tmp_path: Path
+    lab: Lab,
+    control: docker.DockerClient,
+    images: tuple[Image, Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Once the layers were learnt; a host that has none of them refuses the archive and keeps nothing."""
     old, new = images
     with pytest.raises(PushUnsuitable, match="compress"):
         export(lab, new, layers_of(old))
+    monkeypatch.setattr(learning, "WORTH_BYTES", 1_000_000)
+    assert asyncio.run(learning.wanted(metadata_of(old)))
     assert on_control(lab, lambda: learning.learn_layers(str(old.id))) == 3
     assert on_control(lab, lambda: learning.learn_layers(str(old.id))) == 0
+    assert not asyncio.run(learning.wanted(metadata_of(new)))
     archive = export(lab, new, layers_of(old))
     assert members(archive)[2:] == [layer_name(layers_of(new)[-1])]
     assert_nothing_is_left(control, tmp_path / "home")
@@ -193,19 +217,9 @@ def test_a_run_of_its_own_learns_the_layers_after_a_deployment(
 ) -> None:
     """As `deploy-container` asks for it, by the control side's worker."""
     image, lab = images[0], furnished
-    metadata = {
-        "image_id": image.id,
-        "reference": image.tags[0],
-        "image_size_bytes": image.attrs["Size"],
-        "creation_time": image.attrs["Created"],
-        "layers_count": 3,
-        "layers": layers_of(image),
-        "architecture": image.attrs["Architecture"],
-        "os": "linux",
-        "labels": {},
-        "config": {},
-    }
-    lab.control.run(lab.python, "-c", _REQUEST, json.dumps(metadata), env={"PYTHONPATH": str(Path.cwd())})
+    lab.control.run(
+        lab.python, "-c", _REQUEST, metadata_of(image).model_dump_json(), env={"PYTHONPATH": str(Path.cwd())}
+    )
     index = LayerIndex(Path(lab.environment["GANTRY_HOME"]) / "layers.sqlite3")
     engine_id = str(control.info()["ID"])
     wait_for(lambda: index.remembered(engine_id, layers_of(image)) or None, "the layers' digests")
