@@ -24,6 +24,7 @@ from tasks.docker_archive import layer_name
 from tasks.layer_index import LayerIndex
 from tasks.package import ImageMetadata
 from tasks.push_export import PushUnsuitable, layer_index, push_export
+from tasks.push_folder import note_name
 from tests.e2e.deploying import wait_for
 
 Result = TypeVar("Result")
@@ -212,14 +213,30 @@ def test_an_export_that_is_given_up_or_out_of_reach_leaves_nothing(
     assert_nothing_is_left(control, tmp_path / "home")
 
 
+def test_what_a_killed_push_left_is_taken_away_by_the_next(
+    lab: Lab, control: docker.DockerClient, images: tuple[Image, Image], tmp_path: Path
+) -> None:
+    """The name that it gave to the image, and its folder with what had come."""
+    old, new = images
+    name = "127.0.0.1:1/secret/image:push"
+    folder = tmp_path / "home" / "pushes" / "dead"
+    folder.mkdir(parents=True)
+    (folder / "lock").touch()
+    (folder / "blob").write_bytes(b"half a layer")
+    note_name(folder, name)
+    new.tag(name)
+    on_control(lab, lambda: learning.learn_layers(str(old.id)))
+    assert_nothing_is_left(control, tmp_path / "home")
+    assert control.images.get("push-test:v2").id == new.id
+
+
 def test_a_run_of_its_own_learns_the_layers_after_a_deployment(
     furnished: Lab, control: docker.DockerClient, images: tuple[Image, Image]
 ) -> None:
     """As `deploy-container` asks for it, by the control side's worker."""
     image, lab = images[0], furnished
-    lab.control.run(
-        lab.python, "-c", _REQUEST, metadata_of(image).model_dump_json(), env={"PYTHONPATH": str(Path.cwd())}
-    )
+    metadata, environment = metadata_of(image).model_dump_json(), {"PYTHONPATH": str(Path.cwd())}
+    lab.control.run(lab.python, "-c", _REQUEST, metadata, env=environment)
     index = LayerIndex(Path(lab.environment["GANTRY_HOME"]) / "layers.sqlite3")
     engine_id = str(control.info()["ID"])
     wait_for(lambda: index.remembered(engine_id, layers_of(image)) or None, "the layers' digests")
