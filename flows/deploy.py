@@ -25,7 +25,7 @@ from receiver.contract import (
     Stage,
     Transport,
 )
-from tasks import delivery, dispatch, outcome, package, precheck, reporting, store, transfer
+from tasks import delivery, dispatch, learning, outcome, package, precheck, reporting, store, transfer
 from tasks.package import ImageMetadata
 from tasks.parameters import (
     BuildOptions,
@@ -93,7 +93,10 @@ async def deploy_container(
             await deploy_and_validate(workflow)
         except Exception as exc:  # noqa: BLE001 - whatever failed, the host and the records are brought to rest
             return await ending.end(workflow, exc)
-        return await ending.complete(workflow)
+        result = await ending.complete(workflow)
+    if await learning.wanted(metadata):
+        await learning.request(metadata)
+    return result
 
 
 async def _package(workflow: Workflow) -> ImageMetadata:

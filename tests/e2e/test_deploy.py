@@ -258,6 +258,9 @@ def test_a_receiver_that_is_killed_in_mid_upload_is_resumed(service: Service) ->
     assert ended.state == "COMPLETED", ended.message
     assert service.answer() == "large"
     assert peak_resident_mb(host.services["receiver"].pid) < 150
+    learning = {"flows": {"name": {"any_": ["learn-layers"]}}}
+    runs = prefect_api(service.lab, "POST", "/flow_runs/filter", learning)  # for the next version of it
+    assert f"{service.name}:v1" in [run["parameters"]["reference"] for run in runs]
 
 
 FLIPPED = """
