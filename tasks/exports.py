@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -22,7 +23,10 @@ from urllib3.exceptions import HTTPError
 from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, Readable, rebuilt
 from tasks import builder
 from tasks.errors import TransferFailed
+from tasks.push_export import push_export
+from tasks.push_plan import PushUnsuitable
 
+log = logging.getLogger(__name__)
 Way = Literal["archive", "layers"]
 _BLOBS = "blobs/sha256/"
 _LEGACY_LAYER = "/layer.tar"
@@ -64,7 +68,24 @@ class Export:
 
 def open_export(image_id: str, reference: str, omitted: frozenset[str]) -> Export:
     """The archive of an image by the quickest way that its engine allows."""
+    if omitted:
+        try:
+            return Export("layers", _begun(push_export(image_id, reference, omitted)))
+        except PushUnsuitable as exc:
+            log.info("not by layers: %s", exc)
     return Export("archive", save_export(image_id, reference, omitted))
+
+
+def _begun(blocks: Generator[bytes]) -> Generator[bytes]:
+    """The same blocks, the first of which is there: whatever keeps it from coming is raised here."""
+    first = next(blocks, b"")
+
+    def all_blocks() -> Generator[bytes]:
+        with closing(blocks):
+            yield first
+            yield from blocks
+
+    return all_blocks()
 
 
 def save_export(image_id: str, reference: str, omitted: frozenset[str]) -> Generator[bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +46,7 @@ def layer_index() -> LayerIndex:
     return LayerIndex(store.home() / "layers.sqlite3")
 
 
-def push_export(image_id: str, reference: str, omitted: frozenset[str]) -> Iterator[bytes]:
+def push_export(image_id: str, reference: str, omitted: frozenset[str]) -> Generator[bytes]:
     """The bytes of an uncompressed docker-archive of the image, without the layers in `omitted` (diff ids).
 
     All of the push happens before the first byte, and so does every failure: `PushUnsuitable` means that
