@@ -29,6 +29,9 @@ _Files = list[Path]
 class TooFewFiles(Exception):
     """This machine's /usr has not enough files for an image of this size; give a smaller --image-bytes"""
 
+    def __init__(self, missing_bytes: int) -> None:
+        super().__init__(f"{self.__doc__}: {missing_bytes} bytes are missing")
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -83,7 +86,7 @@ def take(files: Iterator[Path], wanted_bytes: int) -> _Files:
         left -= size
         if left <= wanted_bytes // 50:
             return taken
-    raise TooFewFiles(f"{left} of {wanted_bytes} bytes are missing")
+    raise TooFewFiles(left)
 
 
 @dataclass(frozen=True)
