@@ -83,22 +83,27 @@ def number(value: float) -> str:
 
 
 def _bytes(trials: Sequence[Trial]) -> Iterator[str]:
-    link = next((each for each in LINKS if _measured(trials, each)), None)
-    if link is None:
+    """Of the first link that a way was measured on: they are about the same on all."""
+    links = {way: link for link in reversed(LINKS) for way in _measured(trials, link)}
+    if not links:
         return
     yield from _head("MB on the wire, with headers", list(_HEADS.values()))
-    for way in _measured(trials, link):
-        found = [median(trials, link, way, case, lambda each: each.wire_bytes) for case in CASES]
+    for way in (way for way in _TITLES if way in links):
+        found = [median(trials, links[way], way, case, lambda each: each.wire_bytes) for case in CASES]
         cells = ["-" if value is None else number(value / MEGABYTE) for value in found]
         yield f"| {_TITLES[way]} | {' | '.join(cells)} |"
 
 
 def _memory(trials: Sequence[Trial]) -> Iterator[str]:
-    sender = _most(trials, lambda each: each.sender_peak_bytes)
-    receiver = _most(trials, lambda each: each.receiver_peak_bytes)
+    ours = [each for each in trials if each.way == OURS]
+    sender = _most(ours, lambda each: each.sender_peak_bytes)
+    receiver = _most(ours, lambda each: each.receiver_peak_bytes)
     if sender is not None and receiver is not None:
         yield ""
-        yield f"Most memory at any time: {sender} MB in the sending program, {receiver} MB in a receiver."
+        yield (
+            f"Most memory of Gantry at any time: {sender} MB in the sending program, with all that a flow "
+            f"run imports, and {receiver} MB in the receiver."
+        )
 
 
 def _most(trials: Sequence[Trial], of: Callable[[Trial], int | None]) -> str | None:
@@ -113,12 +118,15 @@ def _hosts(trials: Sequence[Trial]) -> Iterator[str]:
     link = found[0].link
     yield from _head(
         f"hosts behind one link of {NAMES[link]}",
-        ["MB of the package", "seconds until the last holds it", "of the least"],
+        ["package, MB", "until the last holds it, s", "of the least", "sender, MB", "receiver, MB"],
     )
     for hosts in fan_out.HOSTS:
         yield from _hosts_row(found, hosts, link)
     yield ""
-    yield "The least is what the link needs for so many packages; the export is part of the seconds."
+    yield (
+        "The least is what the link needs for so many packages; the export is part of the seconds. Memory: "
+        "the most at any time, of the sending program and of one receiver."
+    )
 
 
 def _hosts_row(trials: Sequence[Trial], hosts: int, link: str) -> Iterator[str]:
@@ -126,7 +134,11 @@ def _hosts_row(trials: Sequence[Trial], hosts: int, link: str) -> Iterator[str]:
     package = median(trials, link, fan_out.WAY, fan_out.case(hosts), lambda each: each.package_bytes)
     if seconds is not None and package:
         ratio = number(seconds / least(hosts, package, link))
-        yield f"| {hosts} | {number(package / MEGABYTE)} | {number(seconds)} | {ratio} |"
+        one = [each for each in trials if each.case == fan_out.case(hosts)]
+        sender = _most(one, lambda each: each.sender_peak_bytes) or "-"
+        receiver = _most(one, lambda each: each.receiver_peak_bytes) or "-"
+        cells = [str(hosts), number(package / MEGABYTE), number(seconds), ratio, sender, receiver]
+        yield f"| {' | '.join(cells)} |"
 
 
 def least(hosts: int, package_bytes: float, link: str) -> float:

@@ -92,17 +92,35 @@ def test_the_table_compares_each_way_with_ours() -> None:
     assert "| `docker save \\| gzip \\| ssh docker load` | - | 6.50 (3.25) | - | - | - |" in table
     assert "| **Gantry** | - | 2.00 | - | - | - |" in table
     assert "| **Gantry** | - | 20.0 | - | - | - |" in table
-    assert "150 MB in the sending program, 90 MB in a receiver" in table
+    assert (
+        "150 MB in the sending program, with all that a flow run imports, and 90 MB in the receiver" in table
+    )
     assert "bare link" not in table
     assert "hosts behind" not in table
 
 
 def test_the_table_says_how_far_many_hosts_are_from_what_the_link_needs() -> None:
-    """8 packages of 125 MB need 8 seconds at 1 Gbit/s."""
+    """8 packages of 125 MB need 8 seconds at 1 Gbit/s; memory where it was told."""
     case = fan_out.case(8)
-    fan = replace(TRIAL, way=fan_out.WAY, case=case, seconds=9.0, package_bytes=125_000_000)
-    assert "| 8 | 125 | 9.00 | 1.12 |" in transfer_table.table([fan])
+    fan = replace(
+        TRIAL,
+        way=fan_out.WAY,
+        case=case,
+        seconds=9.0,
+        package_bytes=125_000_000,
+        sender_peak_bytes=150_000_000,
+    )
+    assert "| 8 | 125 | 9.00 | 1.12 | 150 | - |" in transfer_table.table([fan])
     assert fan_out.WAY not in CASES
+
+
+def test_bytes_are_told_of_every_way_wherever_it_was_measured() -> None:
+    """On the first link that it was measured on."""
+    bare = replace(TRIAL, link="bare", way="gzip", wire_bytes=21_000_000)
+    slow = replace(TRIAL, link="100m", way="gzip", wire_bytes=25_000_000)
+    wire = transfer_table.table([slow, bare, TRIAL]).partition("MB on the wire")[2]
+    assert "ssh docker load` | - | 21.0 |" in wire
+    assert "| **Gantry** | - | 20.0 |" in wire
 
 
 @pytest.mark.parametrize(
