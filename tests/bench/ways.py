@@ -88,7 +88,7 @@ class Rsynced:
     def send(self, site: Site, reference: str) -> Sent:
         """Save, copy, load."""
         here, there = site.control.folder / "bench.tar", site.host.folder / "bench.tar"
-        packed = "--compress --compress-choice=zstd --compress-level=1 --inplace"
+        packed = "--compress --compress-choice=zstd --compress-level=1"
         copy = f"rsync {packed} -e '{site.ssh_command()}' {here} root@{site.host.address}:{there}"
         load = site.over_ssh(f"{DOCKER} load -q -i {there}")
         return timed(lambda: site.at_control(f"{DOCKER} save -o {here} {reference}; {copy}; {load}"))
