@@ -106,10 +106,10 @@ async def _send(reference: str, address: str, ports: Sequence[int]) -> dict[str,
     """In the order of a deployment; the package is exported once, and only when some host lacks the image."""
     import flows.deploy  # noqa: F401 - a flow run has it in memory
     from blocks.remote_host import RemoteHost
-    from tasks import package
+    from tasks import builder, package
 
     hosts = [RemoteHost(address=address, port=port) for port in ports]
-    image_id = str(package.builder.connect().images.get(reference).id)
+    image_id = str(builder.connect().images.get(reference).id)
     clock = _Clock()
     with clock.part("announce"):
         metadata = await asyncio.to_thread(package._inspect, image_id, reference)

@@ -84,7 +84,7 @@ def number(value: float) -> str:
 
 def _bytes(trials: Sequence[Trial]) -> Iterator[str]:
     """Of the first link that a way was measured on: they are about the same on all."""
-    links = {way: link for link in reversed(LINKS) for way in _measured(trials, link)}
+    links = {way: link for link in reversed([*LINKS]) for way in _measured(trials, link)}
     if not links:
         return
     yield from _head("MB on the wire, with headers", list(_HEADS.values()))
