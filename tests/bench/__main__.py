@@ -90,6 +90,14 @@ def run(names: Sequence[str], options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_until_interrupted(options: argparse.Namespace) -> int:
+    try:
+        return run(options.names or list(MEASUREMENTS), options)
+    except KeyboardInterrupt:
+        print("ended; transfers that were measured are kept", file=sys.stderr)
+        return 130
+
+
 def kept(name: str) -> str:
     """The table that was measured last."""
     return (RESULTS / f"{name}.md").read_text()
@@ -103,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{', '.join(sorted(unknown))}: not measured here; choose of {', '.join(MEASUREMENTS)}"
         )
     if options.action == "run":
-        return run(options.names or list(MEASUREMENTS), options)
+        return _run_until_interrupted(options)
     for name in MEASUREMENTS:
         readme.replace(f"bench {name}", kept(name))
     return 0
