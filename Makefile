@@ -32,7 +32,7 @@ test: services-for-test $(VENV)/.dev ## Lint, type-check and run all tests on re
 faults: services-for-test $(VENV)/.dev ## Strike running deployments with faults and check what serves; hours, resumable
 	$(BIN)/python -m tests.faults run $(ARGS)
 
-bench: services-for-test $(VENV)/.dev ## Measure on hosts of its own and print the tables; half an hour
+bench: services-for-bench $(VENV)/.dev ## Measure on hosts of its own and print the tables; hours, resumable
 	$(BIN)/python -m tests.bench run $(ARGS)
 
 test-unit: $(VENV)/.dev ## Run the tests that need no service
@@ -52,12 +52,15 @@ services: services-for-test ## Install what the tests need: Docker Engine, Postg
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: services-for-demo services-for-test
+.PHONY: services-for-demo services-for-test services-for-bench
 services-for-demo:
 	@deployments/install_services.sh --for demo --start-docker
 
 services-for-test:
 	@deployments/install_services.sh --for test
+
+services-for-bench:
+	@deployments/install_services.sh --for bench
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

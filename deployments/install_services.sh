@@ -3,9 +3,10 @@
 # PostgreSQL, Java and Maven (for Kafka), Prometheus, Chromium, an SSH server and rsync. Says what it will do
 # before it does it, and does nothing that is not needed; run it again at will.
 #
-#   deployments/install_services.sh [--for demo|test] [--start-docker | --stop-docker]
+#   deployments/install_services.sh [--for demo|test|bench] [--start-docker | --stop-docker]
 #
 # --for demo      leave out what only the tests need (PostgreSQL, Java, Maven, Prometheus, Chromium, SSH, rsync).
+# --for bench     with what the benchmark compares with (docker-registry, zstd), which no test needs.
 # --start-docker  also start the Docker Engine when none answers.
 # --stop-docker   only stop the Docker Engine that --start-docker started itself.
 set -eu
@@ -42,6 +43,11 @@ missing_for_tests() {
     { has rsync && has ssh; } || echo rsync openssh-client
 }
 
+missing_for_bench() {
+    has docker-registry || echo docker-registry
+    has zstd || echo zstd
+}
+
 missing_packages() {
     { has dockerd && has containerd && has docker; } || engine_answers || echo docker.io
     has iptables || echo iptables
@@ -49,6 +55,7 @@ missing_packages() {
     { has nsenter && has setsid; } || echo util-linux
     has_static_busybox || echo busybox-static
     [ "$purpose" = demo ] || missing_for_tests
+    [ "$purpose" != bench ] || missing_for_bench
     has_venv || echo python3-venv
     has curl || echo curl
 }
@@ -123,7 +130,7 @@ stop_docker() {
 }
 
 usage() {
-    echo "usage: deployments/install_services.sh [--for demo|test] [--start-docker | --stop-docker]" >&2
+    echo "usage: deployments/install_services.sh [--for demo|test|bench] [--start-docker | --stop-docker]" >&2
     exit 2
 }
 
@@ -131,7 +138,7 @@ while [ $# -gt 0 ]; do
     case "$1" in
     --for)
         purpose=${2:-}
-        case "$purpose" in demo | test) ;; *) usage ;; esac
+        case "$purpose" in demo | test | bench) ;; *) usage ;; esac
         shift
         ;;
     --start-docker) action=start ;;

@@ -1,6 +1,7 @@
 """Measure, on hosts of a lab's own; each measurement is kept, and the README's tables are made of them.
 
-python -m tests.bench run [latency ...] [--runs N]
+python -m tests.bench run [latency | transfer ...] [--rounds N]
+python -m tests.bench run transfer [--image-bytes N] [--link bare,1g,100m] [--only ours,zstd] [--afresh]
 python -m tests.bench readme
 """
 
@@ -12,16 +13,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests import readme
-from tests.bench import latency
+from tests.bench import latency, transfer
+from tests.bench.links import LINKS
 
 RESULTS = Path(__file__).with_name("results")
 
 
-def _latency(runs: int) -> str:
-    return latency.table(latency.measure(runs))
+def _latency(options: argparse.Namespace) -> str:
+    return latency.table(latency.measure(options.rounds))
 
 
-MEASUREMENTS: dict[str, Callable[[int], str]] = {"latency": _latency}
+def _transfer(options: argparse.Namespace) -> str:
+    plan = transfer.Plan(
+        results=options.results / "transfer.jsonl",
+        image_bytes=options.image_bytes,
+        rounds=options.rounds,
+        ways=options.only,
+        links=options.link,
+        afresh=options.afresh,
+    )
+    return transfer.measure(plan)
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], str]] = {"latency": _latency, "transfer": _transfer}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,19 +47,55 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("action", choices=["run", "readme"])
     parser.add_argument("names", nargs="*", help=f"which, by default all: {', '.join(MEASUREMENTS)}")
-    parser.add_argument("--runs", type=int, default=5, help="repetitions, of which medians are told (5)")
+    parser.add_argument(
+        "--rounds", "--runs", type=_positive, default=5, help="repetitions, of which medians are told (5)"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder that keeps what was measured")
+    group = parser.add_argument_group("transfer")
+    group.add_argument(
+        "--image-bytes", type=_positive, default=transfer.IMAGE_BYTES, help="of the large image"
+    )
+    for name, choices in (("link", tuple(LINKS)), ("only", transfer.NAMES)):
+        told = f"comma-separated, by default all: {', '.join(choices)}"
+        group.add_argument(f"--{name}", type=_some_of(choices), default=choices, help=told)
+    group.add_argument("--afresh", action="store_true", help="measure again what is kept already")
     return parser
 
 
-def run(names: Sequence[str], runs: int) -> int:
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1")
+    return int(text)
+
+
+def _some_of(choices: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def chosen(text: str) -> tuple[str, ...]:
+        names = tuple(text.split(","))
+        if unknown := set(names) - set(choices):
+            told = ", ".join(sorted(unknown))
+            raise argparse.ArgumentTypeError(f"{told!r}: choose of {', '.join(choices)}")
+        return names
+
+    return chosen
+
+
+def run(names: Sequence[str], options: argparse.Namespace) -> int:
     """Measure, print each table and keep it."""
-    RESULTS.mkdir(exist_ok=True)
+    options.results.mkdir(parents=True, exist_ok=True)
     for name in names:
         print(f"measuring {name}", flush=True)
-        table = MEASUREMENTS[name](runs)
-        (RESULTS / f"{name}.md").write_text(table)
+        table = MEASUREMENTS[name](options)
+        (options.results / f"{name}.md").write_text(table)
         print(table, flush=True)
     return 0
+
+
+def _run_until_interrupted(options: argparse.Namespace) -> int:
+    try:
+        return run(options.names or list(MEASUREMENTS), options)
+    except KeyboardInterrupt:
+        print("ended; transfers that were measured are kept", file=sys.stderr)
+        return 130
 
 
 def kept(name: str) -> str:
@@ -61,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{', '.join(sorted(unknown))}: not measured here; choose of {', '.join(MEASUREMENTS)}"
         )
     if options.action == "run":
-        return run(options.names or list(MEASUREMENTS), options.runs)
+        return _run_until_interrupted(options)
     for name in MEASUREMENTS:
         readme.replace(f"bench {name}", kept(name))
     return 0

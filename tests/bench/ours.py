@@ -1,0 +1,195 @@
+"""Our own way, through the pieces that a deployment uses, without Prefect's starts of processes.
+
+The one place that knows how the product sends. Run on the sending side and on the host:
+
+python -m tests.bench.ours send <image reference> <port of a receiver> ... --address <host>
+python -m tests.bench.ours load <deployment id>
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from blocks.remote_host import RemoteHost
+    from tasks.package import ImageMetadata
+    from tests.bench.site import Site
+    from tests.bench.ways import Sent
+
+PROGRAM = "tests.bench.ours"
+RECEIVER_PORT = 8001
+_LIMIT_SECONDS = 3600
+
+
+# -- what the benchmark calls --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ours:
+    """Announce, export, upload and verify by a program on the sending side; then load on the host."""
+
+    title: str = "**Gantry**"
+    cases: Sequence[str] = ("small", "first", "same", "changed", "large")
+
+    def prepare(self, site: Site) -> None:
+        """Forget packages and indexes of the sending side."""
+        shutil.rmtree(_home(site), ignore_errors=True)
+
+    def send(self, site: Site, reference: str) -> Sent:
+        """Announce until verified, then load; the clock stands still while Python starts."""
+        from tests.bench.ways import Sent
+
+        receiver_pid = site.host.services["receiver"].pid
+        forget_peak(receiver_pid)
+        told = send_to(site, reference, [RECEIVER_PORT])
+        parts = dict(told["parts"])
+        (deployment_id,) = told["deployment_ids"]
+        loaded = site.host.run(sys.executable, "-m", PROGRAM, "load", deployment_id, timeout=3600)
+        parts["load"] = json.loads(loaded.stdout)["seconds"]
+        return Sent(
+            sum(parts.values()), parts, told["peak_bytes"], peak_bytes(receiver_pid), told["package_bytes"]
+        )
+
+
+def send_to(site: Site, reference: str, ports: Sequence[int]) -> dict[str, Any]:
+    """Send to receivers on the host at once; returns what the program said when all had verified it."""
+    where = ["--address", site.host.address]
+    command = [sys.executable, "-m", PROGRAM, "send", reference, *map(str, ports), *where]
+    home = {"GANTRY_HOME": str(_home(site))}
+    said: dict[str, Any] = json.loads(site.control.run(*command, env=home, timeout=_LIMIT_SECONDS).stdout)
+    return said
+
+
+def _home(site: Site) -> Path:
+    return site.control.folder / "bench-home"
+
+
+def forget_peak(pid: int) -> None:
+    """Let the process's peak of memory begin at what it has now."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def peak_bytes(pid: int | str) -> int:
+    """The most memory that the process had at once."""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+# -- the program on the sending side -------------------------------------------------------------
+
+
+@dataclass
+class _Clock:
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - began
+
+
+async def _send(reference: str, address: str, ports: Sequence[int]) -> dict[str, Any]:
+    """In the order of a deployment; the package is exported once, and only when some host lacks the image."""
+    import flows.deploy  # noqa: F401 - a flow run has it in memory
+    from blocks.remote_host import RemoteHost
+    from tasks import builder, package
+
+    hosts = [RemoteHost(address=address, port=port) for port in ports]
+    image_id = str(builder.connect().images.get(reference).id)
+    clock = _Clock()
+    with clock.part("announce"):
+        metadata = await asyncio.to_thread(package._inspect, image_id, reference)
+        accepted = [await _announce(host, metadata) for host in hosts]
+    lacking = [(host, ids) for host, (ids, present) in zip(hosts, accepted, strict=True) if not present]
+    size_bytes = 0
+    if lacking:
+        with clock.part("export"):
+            made = await asyncio.to_thread(package._export, image_id, reference)
+        size_bytes = made.size_bytes
+        with clock.part("upload"):
+            await asyncio.gather(*(_upload(host, ids, made) for host, ids in lacking))
+    return {
+        "parts": clock.parts,
+        "deployment_ids": [deployment_id for deployment_id, _ in accepted],
+        "package_bytes": size_bytes,
+        "peak_bytes": peak_bytes("self"),
+    }
+
+
+async def _announce(host: RemoteHost, metadata: ImageMetadata) -> tuple[str, bool]:
+    """The deployment's id, and whether the host has the image."""
+    from receiver.contract import DeployRequest, ImageAnnouncement
+
+    image = ImageAnnouncement(
+        config_digest=metadata.image_id,
+        layers=metadata.layers,
+        architecture=metadata.architecture,
+        os=metadata.os,
+        size_bytes=metadata.image_size_bytes,
+    )
+    name, tag = metadata.reference.split(":")
+    request = DeployRequest(container_name=name, image_tag=tag, workflow_id=secrets.token_hex(8), image=image)
+    async with host.receiver() as receiver:
+        accepted = await receiver.announce(request, secrets.token_hex(8))
+    return accepted.deployment_id, accepted.image_present
+
+
+async def _upload(host: RemoteHost, deployment_id: str, package: Any) -> None:
+    """Until the host has verified the whole package."""
+    from receiver.contract import HostState
+
+    async with host.receiver() as receiver:
+        await receiver.announce_package(deployment_id, package.announcement())
+        await receiver.upload(deployment_id, package.path)
+        status = await receiver.status(deployment_id)
+    assert status.state is HostState.READY, status
+
+
+# -- the program on the host ---------------------------------------------------------------------
+
+
+async def _load(deployment_id: str) -> dict[str, Any]:
+    """The step of `deploy_container` that loads and names the image; then the deployment is given up."""
+    from tasks.hosting import this_host
+
+    host = this_host()
+    operations = host.operations(deployment_id)
+    began = time.monotonic()
+    await asyncio.to_thread(operations._load, operations.entry)
+    seconds = time.monotonic() - began
+    await host.abort(deployment_id)
+    operations.package_path().unlink(missing_ok=True)
+    return {"seconds": seconds}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Send or load; prints one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.ours")
+    actions = parser.add_subparsers(dest="action", required=True)
+    send = actions.add_parser("send")
+    send.add_argument("reference")
+    send.add_argument("ports", nargs="+", type=int)
+    send.add_argument("--address", required=True)
+    actions.add_parser("load").add_argument("deployment_id")
+    asked = parser.parse_args(arguments)
+    work = _send(asked.reference, asked.address, asked.ports) if asked.action == "send" else None
+    sys.stdout.write(json.dumps(asyncio.run(work or _load(asked.deployment_id))) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
