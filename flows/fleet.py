@@ -1,7 +1,7 @@
 """`deploy-fleet`: services on many hosts, a canary first, then in batches; `rollback-fleet`, the way back.
 
-Each service on each host is a flow run of its own, `deploy-container` or `rollback-container`: this flow
-decides what begins when. Cancelled, it begins nothing more, and what is under way ends by itself.
+Each service on each host is a flow run of its own, `deploy-container` or `rollback-container`, and a subflow
+of this one: cancelled, Prefect cancels those under way too, and their hosts take back what is not proven.
 """
 
 from __future__ import annotations
