@@ -49,25 +49,25 @@ def measure(runs: int) -> dict[str, list[Trial]]:
     """Deploy `runs` times in labs of their own, the Prefect server on SQLite and on PostgreSQL."""
     with Lab(HOSTS, environment=POLLING) as lab:
         on_sqlite = _trials(lab, runs)
-    with _lab_on_postgresql() as lab:
+    with lab_on_postgresql(HOSTS, POLLING) as (lab, _):
         return {"SQLite": on_sqlite, "PostgreSQL": _trials(lab, runs)}
 
 
 @contextmanager
-def _lab_on_postgresql() -> Iterator[Lab]:
+def lab_on_postgresql(hosts: Sequence[str], environment: Mapping[str, str]) -> Iterator[tuple[Lab, Cluster]]:
+    """A lab whose Prefect server has a PostgreSQL of its own."""
     cluster = Cluster.make(POSTGRESQL_PORT, durable=True)
     url = f"{cluster.url.replace('postgresql', 'postgresql+asyncpg', 1)}/postgres"
+    settings = {**environment, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
     try:
-        with Lab(
-            HOSTS, prefect=False, environment={**POLLING, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
-        ) as lab:
+        with Lab(hosts, prefect=False, environment=settings) as lab:
             database = lab.control.spawn("postgresql", *cluster.command, cwd=cluster.folder)
             cluster.wait(lambda: database.alive, database.log)
             lab.start_server()
             lab.start_control_worker()
             for host in lab.hosts.values():
                 host.start_worker()
-            yield lab
+            yield lab, cluster
             database.stop()
     finally:
         cluster.remove()
