@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from deployments.lab import Host, Lab
-from receiver.contract import LABEL_CONTAINER, LABEL_DEPLOYMENT, LABEL_IMAGE_TAG
+from receiver.contract import LABEL_CONTAINER, LABEL_IMAGE_TAG
 from tests.e2e.deploying import BASE_IMAGE, Outcome, in_control, outcome, prefect_api, query, start_run
 
 HOSTS = ("host-a", "host-b")
@@ -23,19 +23,11 @@ START = "[ -f /data/bad ] && rm /www/health; exec sh /serve.sh"
 
 @dataclass(frozen=True)
 class Fleet:
-    """A service on two hosts, and what its first fleet came to."""
+    """A service on two hosts, what its first fleet came to, and the same resumed."""
 
     lab: Lab
     first: Outcome
     resumed: Outcome
-
-    def deploy(self, tag: str, **asked: Any) -> Outcome:
-        """Run `deploy-fleet` to its end."""
-        return deploy(self.lab, f"{NAME}:{tag}", **asked)
-
-    def running(self) -> dict[str, str]:
-        """Tag that runs on each host."""
-        return {name: label(self.lab.hosts[name], LABEL_IMAGE_TAG) for name in HOSTS}
 
 
 def deploy(lab: Lab, service: str = NAME, **asked: Any) -> Outcome:
@@ -43,10 +35,20 @@ def deploy(lab: Lab, service: str = NAME, **asked: Any) -> Outcome:
     return outcome(lab, start_run(lab, "deploy-fleet/default", {"services": [service], **asked}))
 
 
-def label(host: Host, name: str) -> str:
-    """A label of the one container that runs; none where nothing does."""
+def resume(lab: Lab, run_id: str) -> Outcome:
+    """Run it again for what is left."""
+    return outcome(lab, start_run(lab, "deploy-fleet/default", {"resume": run_id}))
+
+
+def running(lab: Lab) -> dict[str, str]:
+    """Tag that runs on each host."""
+    return {name: tag_on(lab.hosts[name]) for name in HOSTS}
+
+
+def tag_on(host: Host) -> str:
+    """Of the one container that runs; nothing where none does."""
     found = host.docker().containers.list(filters={"label": f"{LABEL_CONTAINER}={NAME}"})
-    return str(found[0].labels[name]) if found else ""
+    return str(found[0].labels[LABEL_IMAGE_TAG]) if found else ""
 
 
 @contextmanager
@@ -108,83 +110,71 @@ def forget(lab: Lab) -> None:
 
 @pytest.fixture(scope="module")
 def fleet(furnished: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Two hosts; the first fleet failed on the second host, and was resumed when that was mended."""
+    """Two hosts; the first fleet failed on its canary, and was resumed when that was mended."""
     host = furnished.add_host("host-b")
     known = ("--host", f"{host.name}={host.address}", "--worker-python", furnished.python)
     in_control(furnished, "-m", "deployments.setup", *known)
     register(furnished, tmp_path_factory.mktemp("services"))
     try:
-        with unwell(host):
-            first = deploy(furnished)
-        resumed = outcome(furnished, start_run(furnished, "deploy-fleet/default", {"resume": first.run_id}))
-        yield Fleet(furnished, first, resumed)
+        with unwell(furnished.hosts["host-a"]):
+            first = deploy(furnished, max_failures=5)
+        yield Fleet(furnished, first, resume(furnished, first.run_id))
     finally:
         forget(furnished)
 
 
-def test_a_resumed_fleet_does_what_is_left_and_not_what_is_done(fleet: Fleet) -> None:
-    """Host-a was deployed to once; all workflows have the fleet as their correlation id."""
+def test_a_failing_canary_leaves_every_other_host_alone(fleet: Fleet) -> None:
+    """Whatever the budget; all workflows have the fleet as their correlation id."""
     fleet_id = fleet.first.run_id
     assert fleet.first.state == "FAILED"
-    assert "1 host failed (host-b), allowed are 0" in fleet.first.message
+    assert "1 waiting, 1 failed; stopped: the canary host-a failed" in fleet.first.message
+    assert runs_of(fleet.lab, fleet_id)[0] == ("host-a", "v1", "ROLLBACK_COMPLETED")
+
+
+def test_a_resumed_fleet_does_what_is_left_and_not_what_is_done(fleet: Fleet) -> None:
+    """Canary, then the rest; resumed once more there is nothing to do."""
+    fleet_id = fleet.first.run_id
     assert fleet.resumed.state == "COMPLETED", fleet.resumed.message
-    assert runs_of(fleet.lab, fleet_id) == [
+    done = [
+        ("host-a", "v1", "ROLLBACK_COMPLETED"),
         ("host-a", "v1", "COMPLETED"),
-        ("host-b", "v1", "ROLLBACK_COMPLETED"),
         ("host-b", "v1", "COMPLETED"),
     ]
+    assert runs_of(fleet.lab, fleet_id) == done
     shown = summary_of(fleet.lab, fleet_id)
-    assert "| host-a (canary) | deployed before |" in shown
-    assert "[deployed](" in shown
-
-
-def test_a_failing_canary_leaves_every_other_host_alone(fleet: Fleet) -> None:
-    """Whatever the budget; the canary itself serves what it served."""
-    before = {name: label(fleet.lab.hosts[name], LABEL_DEPLOYMENT) for name in HOSTS}
-    with unwell(fleet.lab.hosts["host-a"]):
-        stopped = fleet.deploy("v2", max_failures=5)
-    assert stopped.state == "FAILED"
-    assert "stopped: the canary host-a failed" in stopped.message
-    assert runs_of(fleet.lab, stopped.run_id) == [("host-a", "v2", "ROLLBACK_COMPLETED")]
-    assert label(fleet.lab.hosts["host-b"], LABEL_DEPLOYMENT) == before["host-b"]
-    assert fleet.running() == {"host-a": "v1", "host-b": "v1"}
+    assert "| host-a (canary) | [deployed](" in shown
+    assert resume(fleet.lab, fleet.resumed.run_id).state == "COMPLETED"
+    assert runs_of(fleet.lab, fleet_id) == done
+    assert "| host-a (canary) | deployed before |" in summary_of(fleet.lab, fleet_id)
 
 
 def test_a_fleet_that_stops_takes_back_what_it_deployed(fleet: Fleet) -> None:
-    """`roll_back_all`: each host ends with what ran before the fleet, and the summary says so."""
+    """`roll_back_all`: each host ends with what ran before; what another fleet has left is not touched."""
     with unwell(fleet.lab.hosts["host-b"]):
-        stopped = fleet.deploy("v3", on_stop="roll_back_all")
+        stopped = deploy(fleet.lab, f"{NAME}:v3", on_stop="roll_back_all")
     assert stopped.state == "FAILED"
-    assert runs_of(fleet.lab, stopped.run_id) == [
+    assert "1 host failed (host-b), allowed are 0" in stopped.message
+    done = [
         ("host-a", "v3", "COMPLETED"),
         ("host-b", "v3", "ROLLBACK_COMPLETED"),
         ("host-a", "v1", "COMPLETED"),
     ]
-    assert fleet.running() == {"host-a": "v1", "host-b": "v1"}
-    assert "rolled back" in summary_of(fleet.lab, stopped.run_id)
-
-
-def test_a_fleet_is_taken_back_by_hand_where_it_still_runs(fleet: Fleet) -> None:
-    """To what ran before; what cannot be gone back to is left and told, and changes nothing."""
-    deployed = fleet.deploy("v4", canary=False, batch_size="100%")
-    assert deployed.state == "COMPLETED", deployed.message
-    assert fleet.running() == {"host-a": "v4", "host-b": "v4"}
-    for _ in range(2):  # the second time nothing is left to be done
-        back = start_run(fleet.lab, "rollback-fleet/default", {"fleet_id": deployed.run_id})
-        ended = outcome(fleet.lab, back)
-        assert ended.state == "COMPLETED", ended.message
-        assert fleet.running() == {"host-a": "v1", "host-b": "v1"}
-    assert len(runs_of(fleet.lab, deployed.run_id)) == 4
+    assert runs_of(fleet.lab, stopped.run_id) == done
+    assert running(fleet.lab) == {"host-a": "v1", "host-b": "v1"}
+    assert "| host-a (canary) | [rolled back](" in summary_of(fleet.lab, stopped.run_id)
+    again = outcome(
+        fleet.lab, start_run(fleet.lab, "rollback-fleet/default", {"fleet_id": fleet.first.run_id})
+    )
+    assert again.state == "COMPLETED", again.message
+    assert running(fleet.lab) == {"host-a": "v1", "host-b": "v1"}
+    assert "| host-a | left as it is |" in summary_of(fleet.lab, fleet.first.run_id)
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"hosts": ["host-x"]}, "hosts: no block remote-host/host-x is saved"),
         ({"canary": "host-x"}, "canary: 'host-x' is none of the hosts host-a, host-b"),
-        ({"services": ["fleet-wob"]}, "services: Prefect knows no service 'fleet-wob'; use one of fleet-web"),
         ({"resume": "1234"}, "resume: '1234' is no id of a flow run"),
-        ({"batch_size": "0%"}, "batch_size"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_begins(

@@ -8,9 +8,11 @@ import yaml
 
 from deployments.service_files import ServiceFile
 from deployments.setup_automations import definitions
+from flows.fleet import deploy_fleet
 from flows.provision import provision_host
 from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
+from tasks.fleet_plan import FleetParameters
 from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.prefect_events import NAMES, ROLLBACK_FAILED
 from tasks.provisioning import ProvisionParameters
@@ -76,6 +78,13 @@ def test_the_parameters_of_a_new_host_are_the_documented_ones() -> None:
     rows = table_after("## A second host")
     assert [row[0].strip("`") for row in rows] == list(ProvisionParameters.model_fields)
     assert list(provision_host.parameters.properties) == list(ProvisionParameters.model_fields)
+
+
+def test_the_parameters_of_a_fleet_are_the_documented_ones() -> None:
+    """Every parameter of `deploy-fleet`; `resume` stands by itself."""
+    rows = table_after("### Many hosts at once")
+    assert [row[0].strip("`") for row in rows] == list(FleetParameters.model_fields)
+    assert list(deploy_fleet.parameters.properties) == [*FleetParameters.model_fields, "resume"]
 
 
 def test_the_error_codes_are_the_documented_ones() -> None:
