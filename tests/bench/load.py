@@ -7,6 +7,7 @@ deployment by a fleet of one host.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -20,12 +21,33 @@ from typing import Any
 from deployments import lab_prefect
 from deployments.lab import Control, Lab
 from deployments.lab_processes import Service
-from tests.e2e.deploying import wait_for
+from tests.e2e.deploying import in_control, wait_for
 from tests.postgresql import Cluster
 
 IDLE_SECONDS = 60.0
+POLL_SECONDS = 10.0
 _REQUEST = re.compile(r'"([A-Z]+) (/\S*) HTTP')
 _ID = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}")
+
+
+_ASK = """
+import asyncio, sys, time
+from prefect.client.orchestration import get_client
+
+async def ask(until):
+    asked = 0
+    async with get_client() as client:
+        while time.monotonic() < until:
+            await client.get_scheduled_flow_runs_for_work_pool("host-1")
+            asked += 1
+    return asked
+
+async def main(seconds):
+    found = await asyncio.gather(*(ask(time.monotonic() + seconds) for _ in range(8)))
+    print(sum(found) / seconds)
+
+asyncio.run(main(float(sys.argv[1])))
+"""
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,8 @@ class Load:
     bytes_from_host: int
     idle_bytes_per_second: float
     memory_mb: Mapping[str, float]
+    cpu_seconds: Mapping[str, float]
+    polls_per_second: float
 
 
 def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Load:
@@ -51,12 +75,14 @@ def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Lo
     host = next(iter(lab.hosts.values()))
     device = host.link.control_device
     wait_for(lambda: _requests(log), "the access log", seconds=60)
-    start, quiet = _requests(log), _traffic(lab.control, device)
+    start, quiet, rested = _requests(log), _traffic(lab.control, device), _cpu(lab)
     time.sleep(IDLE_SECONDS)
     idle, heard = _requests(log) - start, _traffic(lab.control, device)
+    idle_cpu = {name: used - rested[name] for name, used in _cpu(lab).items()}
     rows, recorded = _prefect_rows(cluster), _records_rows(lab)
     sizes = _prefect_bytes(cluster), _records_bytes(lab)
-    before, traffic, began = _requests(log), _traffic(lab.control, device), time.monotonic()
+    before, traffic, spent = _requests(log), _traffic(lab.control, device), _cpu(lab)
+    began = time.monotonic()
     deploy()
     seconds = time.monotonic() - began
     passed = [after - at for after, at in zip(_traffic(lab.control, device), traffic, strict=True)]
@@ -72,7 +98,11 @@ def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Lo
         bytes_to_host=passed[0],
         bytes_from_host=passed[1],
         idle_bytes_per_second=(sum(heard) - sum(quiet)) / IDLE_SECONDS,
-        memory_mb=_memory(lab),
+        memory_mb={name: _resident_mb(service) for name, service in _services(lab).items()},
+        cpu_seconds={
+            name: used - spent[name] - idle_cpu[name] * background for name, used in _cpu(lab).items()
+        },
+        polls_per_second=_polls_per_second(lab),
     )
 
 
@@ -161,15 +191,29 @@ def _traffic(control: Control, device: str) -> tuple[int, int]:
     return int(counted["tx"]["bytes"]), int(counted["rx"]["bytes"])
 
 
-def _memory(lab: Lab) -> dict[str, float]:
+def _services(lab: Lab) -> dict[str, Service]:
     host = next(iter(lab.hosts.values()))
-    services = {
+    return {
         "Prefect server": lab.control.services["server"],
         "worker of control": lab.control.services["worker"],
         "worker of a host": host.services["worker"],
         "receiver": host.services["receiver"],
     }
-    return {name: _resident_mb(service) for name, service in services.items()}
+
+
+def _cpu(lab: Lab) -> dict[str, float]:
+    """Seconds that each has used so far, with the runs that it has started and that have ended."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    found = {}
+    for name, service in _services(lab).items():
+        fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
+        found[name] = sum(map(int, fields[11:15])) / ticks
+    return found
+
+
+def _polls_per_second(lab: Lab) -> float:
+    """How many polls of a worker the server answers, asked by eight clients at once on the same cores."""
+    return float(in_control(lab, "-c", _ASK, str(POLL_SECONDS)).split()[-1])
 
 
 def _resident_mb(service: Service) -> float:
@@ -201,6 +245,8 @@ def table(load: Load) -> str:
         ("from the host", f"{load.bytes_from_host / 1000:.0f} kB"),
         ("on a host's link while nothing is deployed", f"{load.idle_bytes_per_second:.0f} B/s"),
         *((f"memory: {name}", f"{amount:.0f} MB") for name, amount in load.memory_mb.items()),
+        *((f"CPU: {name}, its runs included", f"{used:.1f} s") for name, used in load.cpu_seconds.items()),
+        ("polls of workers that the server answers, eight clients", f"{load.polls_per_second:.0f}/s"),
     ]
     lines = ["| one deployment, by a fleet of one host | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows)]) + "\n"
