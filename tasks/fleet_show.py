@@ -21,6 +21,7 @@ from tasks.fleet_board import Board
 from tasks.fleet_report import render, summary
 
 INTERVAL_SECONDS = 3.0
+_SECONDS_PER_PLACE = 0.03  # of a thousand hosts the artifact is large: every half minute is enough
 
 
 def key_of(fleet_id: str) -> str:
@@ -38,8 +39,9 @@ class Summary:
     _at: float = field(default=0.0)
 
     async def update(self) -> None:
-        """Show what is new, every few seconds."""
-        if time.monotonic() - self._at >= INTERVAL_SECONDS:
+        """Show what is new, every few seconds; of a large fleet less often."""
+        interval_seconds = INTERVAL_SECONDS + _SECONDS_PER_PLACE * len(self.board.places)
+        if time.monotonic() - self._at >= interval_seconds:
             await self.finish()
 
     async def finish(self) -> None:
