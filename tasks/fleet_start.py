@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +67,7 @@ async def prepared(asked: FleetParameters, resume: str | None) -> AsyncIterator[
     hosts = fleet_plan.hosts_of(units)
     fleet_plan.choose_canary(asked.canary, hosts)  # what is wrong in it is told before hosts are asked
     missing = await _missing(hosts)
-    _check_reachable(missing, asked.on_unreachable)
+    check_reachable(missing, asked.on_unreachable)
     canary = fleet_plan.choose_canary(asked.canary, hosts, set(missing))
     async with await Records.open(await find_records_url()) as records:
         board = Board(fleet_id, [Place(unit) for unit in units], canary)
@@ -130,7 +130,8 @@ def _settle(place: Place, missing: dict[str, str], *, is_done: bool) -> None:
         place.end(Cell.UNREACHABLE, missing[place.unit.host])
 
 
-def _check_reachable(missing: dict[str, str], chosen: OnUnreachable) -> None:
+def check_reachable(missing: Mapping[str, str], chosen: OnUnreachable) -> None:
+    """Raise `ParametersRefused` unless hosts that cannot be deployed to, with why, may be left out."""
     if missing and chosen is OnUnreachable.FAIL:
         told = "; ".join(f"{host}: {why}" for host, why in missing.items())
         raise ParametersRefused(

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from receiver.contract import ContainerVersion, ErrorCode
-from tasks import fleet_back, fleet_board, fleet_plan, fleet_report, fleet_services
+from tasks import fleet_back, fleet_board, fleet_plan, fleet_report, fleet_services, fleet_start
 from tasks.errors import ParametersRefused
 from tasks.fleet_board import Board, Cell, Place
-from tasks.fleet_plan import FleetParameters, Unit
+from tasks.fleet_plan import FleetParameters, OnUnreachable, Unit
 from tasks.fleet_services import Registered
 from tasks.parameters import DeploymentParameters
 from tasks.states import WorkflowRecord, WorkflowState
@@ -288,6 +288,15 @@ def test_wrong_values_are_refused(asked: dict[str, Any]) -> None:
     """Each by its own field."""
     with pytest.raises(ValidationError, match=next(iter(asked))):
         FleetParameters.model_validate(asked)
+
+
+def test_hosts_that_cannot_be_deployed_to_refuse_the_fleet_or_are_left_out() -> None:
+    """All of them are named, each with its cause."""
+    missing = {"host-b": "no answer", "host-c": "another key"}
+    with pytest.raises(ParametersRefused, match="host-b: no answer; host-c: another key") as refused:
+        fleet_start.check_reachable(missing, OnUnreachable.FAIL)
+    assert "on_unreachable=skip" in refused.value.fix
+    fleet_start.check_reachable(missing, OnUnreachable.SKIP)
 
 
 def test_a_canary_has_to_be_a_host_that_answers() -> None:
