@@ -11,9 +11,11 @@ import os
 import re
 import sqlite3
 import subprocess
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +85,8 @@ def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Lo
     sizes = _prefect_bytes(cluster), _records_bytes(lab)
     before, traffic, spent = _requests(log), _traffic(lab.control, device), _cpu(lab)
     began = time.monotonic()
-    deploy()
+    with _largest_run(lab) as largest:
+        deploy()
     seconds = time.monotonic() - began
     passed = [after - at for after, at in zip(_traffic(lab.control, device), traffic, strict=True)]
     background = seconds / IDLE_SECONDS
@@ -98,7 +101,10 @@ def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Lo
         bytes_to_host=passed[0],
         bytes_from_host=passed[1],
         idle_bytes_per_second=(sum(heard) - sum(quiet)) / IDLE_SECONDS,
-        memory_mb={name: _resident_mb(service) for name, service in _services(lab).items()},
+        memory_mb={
+            **{name: _resident_mb(service.process.pid) for name, service in _services(lab).items()},
+            "a run on the control host": largest[0],
+        },
         cpu_seconds={
             name: used - spent[name] - idle_cpu[name] * background for name, used in _cpu(lab).items()
         },
@@ -216,15 +222,32 @@ def _polls_per_second(lab: Lab) -> float:
     return float(in_control(lab, "-c", _ASK, str(POLL_SECONDS)).split()[-1])
 
 
-def _resident_mb(service: Service) -> float:
-    """Of the process and all below it."""
-    pids, total = [service.process.pid], 0
-    for pid in pids:  # grows as children are found
-        status = Path(f"/proc/{pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        total += int(found[1]) if found else 0
-        pids += [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return total / 1000
+@contextmanager
+def _largest_run(lab: Lab) -> Iterator[list[float]]:
+    """Resident MB of the largest process that the worker of `control` starts within the block."""
+    most, ended, worker = [0.0], threading.Event(), lab.control.services["worker"].process.pid
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
+            most[0] = max([most[0], *(_resident_mb(int(child)) for child in children)])
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        looking.join()
+
+
+def _resident_mb(pid: int) -> float:
+    """0 for a process that has just ended."""
+    try:
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) / 1000 if found else 0
 
 
 def table(load: Load) -> str:
