@@ -1,6 +1,6 @@
 """Measure, on hosts of a lab's own; each measurement is kept, and the README's tables are made of them.
 
-python -m tests.bench run [latency ...] [--runs N]
+python -m tests.bench run [latency fleet ...] [--runs N]
 python -m tests.bench readme
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests import readme
-from tests.bench import latency
+from tests.bench import fleet, latency
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -21,7 +21,11 @@ def _latency(runs: int) -> str:
     return latency.table(latency.measure(runs))
 
 
-MEASUREMENTS: dict[str, Callable[[int], str]] = {"latency": _latency}
+def _fleet(runs: int) -> str:
+    return fleet.table(fleet.measure(runs))
+
+
+MEASUREMENTS: dict[str, Callable[[int], str]] = {"latency": _latency, "fleet": _fleet}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,6 +52,11 @@ def run(names: Sequence[str], runs: int) -> int:
     return 0
 
 
+def measured() -> list[str]:
+    """Those that have a result to show."""
+    return [name for name in MEASUREMENTS if (RESULTS / f"{name}.md").exists()]
+
+
 def kept(name: str) -> str:
     """The table that was measured last."""
     return (RESULTS / f"{name}.md").read_text()
@@ -62,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.action == "run":
         return run(options.names or list(MEASUREMENTS), options.runs)
-    for name in MEASUREMENTS:
+    for name in measured():
         readme.replace(f"bench {name}", kept(name))
     return 0
 
