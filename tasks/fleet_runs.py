@@ -19,6 +19,7 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging import get_run_logger
@@ -129,7 +130,9 @@ async def runs_of_fleet(fleet_id: str) -> list[tuple[str, FlowRun]]:
     found: list[FlowRun] = []
     wanted = FlowRunFilter(tags=FlowRunFilterTags(all_=[fleet_tag(fleet_id)]))
     async with get_client() as client:
-        while page := await client.read_flow_runs(flow_run_filter=wanted, limit=_PAGE, offset=len(found)):
+        while page := await client.read_flow_runs(
+            flow_run_filter=wanted, sort=FlowRunSort.ID_DESC, limit=_PAGE, offset=len(found)
+        ):
             found += page
             if len(page) < _PAGE:
                 break

@@ -13,6 +13,7 @@ from typing import Any
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.sorting import DeploymentSort
 from prefect.utilities.slugify import slugify
 from pydantic import ValidationError
 
@@ -42,7 +43,9 @@ async def registered_services() -> list[Registered]:
     found: list[Registered] = []
     wanted = FlowFilter(name=FlowFilterName(any_=["deploy-container"]))
     async with get_client() as client:
-        while page := await client.read_deployments(flow_filter=wanted, limit=_PAGE, offset=len(found)):
+        while page := await client.read_deployments(
+            flow_filter=wanted, sort=DeploymentSort.NAME_ASC, limit=_PAGE, offset=len(found)
+        ):
             found += [
                 Registered(
                     each.name, each.parameters, str((each.job_variables or {}).get("working_dir", "."))
