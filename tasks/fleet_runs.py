@@ -23,6 +23,7 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.logging import get_run_logger
+from sqlalchemy.exc import DBAPIError
 
 from tasks.dispatch import fleet_tag
 from tasks.errors import GantryError
@@ -33,6 +34,7 @@ from tasks.wording import on_host
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0
+REPORT_SECONDS = 30.0
 _PAGE = 200
 _PURPOSES = {"deploy-container": "deploy", "rollback-container": "back"}
 T = TypeVar("T")
@@ -101,7 +103,8 @@ class Runs:
         if not under_way:
             return []
         runs = await patiently(lambda: _runs_by_id([place.run_id for place in under_way]))
-        records = await self.records.found(workflow_id_of(run) for run in runs.values())
+        ids = [workflow_id_of(run) for run in runs.values()]
+        records = await patiently(lambda: self.records.found(ids))
         for place in under_way:
             run = runs.get(place.run_id)
             self._judge(place, run, records.get(workflow_id_of(run)) if run else None)
@@ -110,14 +113,21 @@ class Runs:
     def _judge(self, place: Place, run: FlowRun | None, record: WorkflowRecord | None) -> None:
         if place.began is not None:
             place.seconds = (datetime.now(UTC) - place.began).total_seconds()
-        has_ended = run is None or run.state is None or run.state.is_final()
-        if not has_ended and not (record and record.current_state.terminal):
+        if not _has_ended(run, record, datetime.now(UTC)):
             place.detail = record.current_state.value if record else "scheduled"
             return
         message = (run.state.message or run.state.name) if run and run.state else "Prefect lost its run"
         place.end(*self.judge(record, message))
         told = f"{place.unit.image} on {place.unit.host}: {place.cell.value} {place.detail}"
         get_run_logger().info("%s", told.strip())
+
+
+def _has_ended(run: FlowRun | None, record: WorkflowRecord | None, now: datetime) -> bool:
+    """By Prefect, or, when its process is dead, by the records: a live one still writes its report."""
+    if run is None or run.state is None or run.state.is_final():
+        return True
+    ended_at = record.completed_at if record else None
+    return ended_at is not None and (now - ended_at).total_seconds() > REPORT_SECONDS
 
 
 def workflow_id_of(run: FlowRun) -> str:
@@ -150,17 +160,17 @@ async def ended_attempts(fleet_id: str) -> Counter[tuple[str, str, str]]:
 
 
 async def patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Call a Prefect server that may be away for a while."""
+    """Call a Prefect server, or the records, that may be away for a while."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             return await call()
         except ObjectNotFound:
             raise
-        except (httpx.HTTPError, PrefectException, OSError) as exc:
+        except (httpx.HTTPError, PrefectException, OSError, DBAPIError) as exc:
             if time.monotonic() > deadline:
                 raise
-            get_run_logger().warning("Prefect does not answer, trying again: %s: %s", type(exc).__name__, exc)
+            get_run_logger().warning("no answer, trying again: %s: %s", type(exc).__name__, exc)
         await asyncio.sleep(POLL_SECONDS)
 
 
