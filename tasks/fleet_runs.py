@@ -116,7 +116,7 @@ class Runs:
         if not _has_ended(run, record, datetime.now(UTC)):
             place.detail = record.current_state.value if record else "scheduled"
             return
-        message = (run.state.message or run.state.name) if run and run.state else "Prefect lost its run"
+        message = (run.state.message or run.state.name or "") if run and run.state else "Prefect lost its run"
         place.end(*self.judge(record, message))
         told = f"{place.unit.image} on {place.unit.host}: {place.cell.value} {place.detail}"
         get_run_logger().info("%s", told.strip())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect import flow
+from prefect import State, flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Failed
@@ -109,7 +109,8 @@ async def test_a_run_under_way_is_taken_up_and_one_that_ended_is_followed_by_ano
 ) -> None:
     """As for a fleet whose run died: the same run until it has ended, whatever the number of fleets."""
     ids: list[str] = []
-    for state in (None, Failed(message="no"), Completed()):
+    states: list[State[Any] | None] = [None, Failed(message="no"), Completed()]
+    for state in states:
         place = board("resumed", 1).places[0]
 
         @flow
