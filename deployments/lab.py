@@ -85,6 +85,7 @@ class Lab:
         self.state_dir = folder.resolve()
         self._key = secrets.token_hex(32)
         self.hosts = {}
+        self._links = 0
         self._host_names = tuple(hosts)
         self._control_namespace = control_namespace
         self.python = python
@@ -138,6 +139,15 @@ class Lab:
     def start_control_worker(self) -> None:
         """Start the worker of pool `control`; returns when it is online."""
         self.control.start_worker()
+
+    def add_host(self, name: str) -> Host:
+        """Boot one more host, with all that the others have; returns when it is ready."""
+        link = self._link(self._links, name, self.control.namespace)
+        host = self._place_host(name, link, self.control.address)
+        self._boot(host)
+        if self._prefect:
+            host.start_worker()
+        return host
 
     def _nodes(self) -> list[Node]:
         return [*([self.control] if hasattr(self, "control") else []), *self.hosts.values()]
@@ -210,12 +220,16 @@ class Lab:
         self.control = Control(site, "control", namespace, address, engine)
         self.control.configure()
         for name, link in links.items():
-            if link.control_address != address:
-                lab_network.add_route(link, address, self._guard)
-            socket = self.state_dir / name / "docker.sock"
-            host = Host(site, name, link.host_namespace, link.host_address, socket, link=link)
-            host.configure(self.control.remote_api_url, link.control_address)
-            self.hosts[name] = host
+            self._place_host(name, link, address)
+
+    def _place_host(self, name: str, link: Link, control_address: str) -> Host:
+        if link.control_address != control_address:
+            lab_network.add_route(link, control_address, self._guard)
+        socket = self.state_dir / name / "docker.sock"
+        host = Host(self._site(), name, link.host_namespace, link.host_address, socket, link=link)
+        host.configure(self.control.remote_api_url, link.control_address)
+        self.hosts[name] = host
+        return host
 
     def _namespace(self, node: str) -> str:
         name = f"gantry-{self.lab_id}-{node}"
@@ -224,6 +238,7 @@ class Lab:
         return name
 
     def _link(self, index: int, host: str, control_namespace: str | None) -> Link:
+        self._links = max(self._links, index + 1)
         namespace = self._namespace(host)
         devices = (f"g{self.lab_id}c{index}", f"g{self.lab_id}h{index}")
         if control_namespace is None:

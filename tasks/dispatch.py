@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
@@ -43,6 +43,7 @@ NOT_FOUND = 404
 _UNENDED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED]
 _DISPATCH = RetryPolicy(max_attempts=3, timeout_ms=30_000)
 _VERBS = {"receive-container": "receive", "restore-container": "undo"}
+_FLEET = "fleet:"
 Reached = Callable[[DeploymentStatus], bool]
 Heard = Callable[[DeploymentStatus], Awaitable[None]]
 
@@ -50,6 +51,16 @@ Heard = Callable[[DeploymentStatus], Awaitable[None]]
 def workflow_tag(workflow_id: str) -> str:
     """The tag that all flow runs of a workflow carry."""
     return f"workflow:{workflow_id}"
+
+
+def fleet_tag(fleet_id: str) -> str:
+    """The tag that all deployments and rollbacks of a fleet carry; the fleet is their correlation id."""
+    return f"{_FLEET}{fleet_id}"
+
+
+def fleet_of(tags: Iterable[str]) -> str | None:
+    """The fleet that a flow run with these tags belongs to."""
+    return next((tag.removeprefix(_FLEET) for tag in tags if tag.startswith(_FLEET)), None)
 
 
 @contextmanager

@@ -32,6 +32,11 @@ _NOT_FOUND = 404
 @operation("check_host", Stage.PACKAGE, policy=_POLICY)
 async def check_host(host: RemoteHost, correlation_id: str) -> HostHealth:
     """The host's health, once it has taken a signed call; raises as `establish_connection`, and refusals."""
+    return await look(host, correlation_id)
+
+
+async def look(host: RemoteHost, correlation_id: str) -> HostHealth:
+    """The same, tried once."""
     try:
         async with asyncio.timeout(_TRY_SECONDS):
             health = await ask_health(host, correlation_id)

@@ -299,6 +299,16 @@ class Records:
         found = [_record_of(row, "") for row in await self._rows(query)]
         return {record.deployment_id: record for record in found if record.deployment_id}
 
+    async def of_correlation(self, correlation_id: str) -> list[WorkflowRecord]:
+        """Workflows that belong together, oldest first."""
+        query = select(WORKFLOWS).where(WORKFLOWS.c.correlation_id == correlation_id)
+        return [_record_of(row, "") for row in await self._rows(query.order_by(WORKFLOWS.c.created_at))]
+
+    async def found(self, workflow_ids: Iterable[str]) -> dict[str, WorkflowRecord]:
+        """Workflows by id; those that are not recorded are left out."""
+        query = select(WORKFLOWS).where(WORKFLOWS.c.workflow_id.in_(list(workflow_ids)))
+        return {row.workflow_id: _record_of(row, "") for row in await self._rows(query)}
+
     async def unsent(self, limit: int) -> list[OutboxRow]:
         """Events not sent yet, oldest first; the events of one workflow come in their order."""
         query = select(OUTBOX).where(OUTBOX.c.sent_at.is_(None)).order_by(OUTBOX.c.id).limit(limit)

@@ -326,7 +326,7 @@ async def open_workflow(parameters: DeploymentParameters) -> AsyncIterator[Workf
         rsync.check(host)
     if engine := await find_build_engine():
         os.environ["DOCKER_HOST"] = engine  # for the SDK and for buildx; a flow run is a process of its own
-    workflow_id, flow_run_id = _identity()
+    workflow_id, flow_run_id, fleet_id = _identity()
     async with (
         await Records.open(await find_records_url()) as records,
         active.alone(
@@ -340,6 +340,7 @@ async def open_workflow(parameters: DeploymentParameters) -> AsyncIterator[Workf
         await records.create(
             NewWorkflow(
                 workflow_id=workflow_id,
+                correlation_id=fleet_id,
                 flow_run_id=flow_run_id,
                 container_name=parameters.container_name,
                 image_tag=parameters.image_tag,
@@ -399,9 +400,11 @@ async def _relaying(records: Records) -> AsyncIterator[StepRelay | None]:
         yield relay
 
 
-def _identity() -> tuple[str, str]:
+def _identity() -> tuple[str, str, str | None]:
+    """Ids of the workflow, of its flow run, and of the fleet that it belongs to."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         raise RuntimeError("open_workflow works inside a flow run only")
     run = context.flow_run
-    return (str(run.id) if run.run_count <= 1 else f"{run.id}-{run.run_count}"), str(run.id)
+    workflow_id = str(run.id) if run.run_count <= 1 else f"{run.id}-{run.run_count}"
+    return workflow_id, str(run.id), dispatch.fleet_of(run.tags)

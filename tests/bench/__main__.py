@@ -1,6 +1,6 @@
 """Measure, on hosts of a lab's own; each measurement is kept, and the README's tables are made of them.
 
-python -m tests.bench run [latency | transfer ...] [--rounds N]
+python -m tests.bench run [latency | fleet | transfer ...] [--rounds N]
 python -m tests.bench run transfer [--image-bytes N] [--link bare,1g,100m] [--only ours,zstd] [--afresh]
 python -m tests.bench readme
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests import readme
-from tests.bench import latency, transfer
+from tests.bench import fleet, latency, transfer
 from tests.bench.links import LINKS
 
 RESULTS = Path(__file__).with_name("results")
@@ -35,7 +35,15 @@ def _transfer(options: argparse.Namespace) -> str:
     return transfer.measure(plan)
 
 
-MEASUREMENTS: dict[str, Callable[[argparse.Namespace], str]] = {"latency": _latency, "transfer": _transfer}
+def _fleet(options: argparse.Namespace) -> str:
+    return fleet.table(fleet.measure(options.rounds))
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "latency": _latency,
+    "fleet": _fleet,
+    "transfer": _transfer,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,6 +106,11 @@ def _run_until_interrupted(options: argparse.Namespace) -> int:
         return 130
 
 
+def measured() -> list[str]:
+    """Those that have a result to show."""
+    return [name for name in MEASUREMENTS if (RESULTS / f"{name}.md").exists()]
+
+
 def kept(name: str) -> str:
     """The table that was measured last."""
     return (RESULTS / f"{name}.md").read_text()
@@ -112,7 +125,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     if options.action == "run":
         return _run_until_interrupted(options)
-    for name in MEASUREMENTS:
+    for name in measured():
         readme.replace(f"bench {name}", kept(name))
     return 0
 

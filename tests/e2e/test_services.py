@@ -12,7 +12,7 @@ import yaml
 from deployments.lab import Lab
 from deployments.service_folder import FOLDER, read_folder
 from receiver.contract import LABEL_CONTAINER
-from tests.e2e.deploying import BASE_IMAGE, in_control, outcome, prefect_api, start_run
+from tests.e2e.deploying import BASE_IMAGE, in_control, outcome, prefect_api, query, start_run
 
 PROJECT = Path(__file__).resolve().parents[2]
 EXAMPLES = {"orchestrator": 8060, "reducer": 8061, "metadata-stamping": 8057, "onextree": 8058}
@@ -118,19 +118,17 @@ def test_a_wrong_file_fails_prefect_deploy_and_registers_nothing(furnished: Lab,
 
 
 def test_the_examples_are_deployed_at_once_and_answer(furnished: Lab) -> None:
-    """The specification's four services, each to another host than its file names."""
+    """The specification's example 4, to another host than its files name: one fleet, four services."""
     furnished.control.docker().images.get(BASE_IMAGE).tag("gantry-demo-base", "latest")
     host = furnished.hosts["host-a"]
-    runs = {
-        name: start_run(furnished, f"deploy-container/{name}", {"remote_host": host.name})
-        for name in EXAMPLES
-    }
     try:
-        for name, run in runs.items():
-            ended = outcome(furnished, run)
-            assert ended.state == "COMPLETED", ended.message
-            base = f"http://{host.address}:{EXAMPLES[name]}"
-            assert ended.record["deployed_url"] == base
+        ended = outcome(furnished, start_run(furnished, "deploy-fleet/bridge", {"hosts": [host.name]}))
+        assert ended.state == "COMPLETED", ended.message
+        sql = "SELECT deployed_url FROM workflow_executions WHERE correlation_id = ?"
+        urls = {f"http://{host.address}:{port}" for port in EXAMPLES.values()}
+        assert {row["deployed_url"] for row in query(furnished, sql, ended.run_id)} == urls
+        for name, port in EXAMPLES.items():
+            base = f"http://{host.address}:{port}"
             answer = furnished.control.get(f"{base}/", timeout=5)
             assert (answer.status, answer.text.strip()) == (200, f"omninode-{name} 1.2.0")
             assert furnished.control.get(f"{base}/health", timeout=5).json()["status"] == "healthy"

@@ -109,7 +109,7 @@ def open_site(lanes_per_host: int, hosts: Sequence[str] = HOSTS) -> Iterator[Sit
     environment = {**holds.environment(folder), "MAX_CONCURRENT_DEPLOYMENTS": "100"}
     options = {"state_dir": state_dir, "live_restore": True, "disk_bytes": DISK_BYTES}
     # Prefect's server refuses writes on a busy SQLite, which would be a fault of its own in each cell.
-    with lab_on_postgresql(hosts, environment=environment, durable=False, **options) as lab:
+    with lab_on_postgresql(hosts, environment=environment, durable=False, **options) as (lab, _):
         furnish(lab)
         lanes = {
             name: [new_lane(lab, host) for _ in range(lanes_per_host)] for name, host in lab.hosts.items()

@@ -8,9 +8,11 @@ import yaml
 
 from deployments.service_files import ServiceFile
 from deployments.setup_automations import definitions
+from flows.fleet import deploy_fleet
 from flows.provision import provision_host
 from receiver.contract import ErrorCode
 from receiver.settings import VARIABLES
+from tasks.fleet_plan import FleetParameters
 from tasks.parameters import BuildOptions, DeploymentParameters
 from tasks.prefect_events import NAMES, ROLLBACK_FAILED
 from tasks.provisioning import ProvisionParameters
@@ -78,6 +80,13 @@ def test_the_parameters_of_a_new_host_are_the_documented_ones() -> None:
     assert list(provision_host.parameters.properties) == list(ProvisionParameters.model_fields)
 
 
+def test_the_parameters_of_a_fleet_are_the_documented_ones() -> None:
+    """Every parameter of `deploy-fleet`; `resume` stands by itself."""
+    rows = table_after("### Many hosts at once")
+    assert [row[0].strip("`") for row in rows] == list(FleetParameters.model_fields)
+    assert list(deploy_fleet.parameters.properties) == [*FleetParameters.model_fields, "resume"]
+
+
 def test_the_error_codes_are_the_documented_ones() -> None:
     """All seven, each with what follows."""
     assert {row[0].strip("`") for row in table_after("shows its report")} == {*ErrorCode}
@@ -114,7 +123,8 @@ def test_the_summary_of_the_faults_is_that_of_their_results() -> None:
 
 def test_the_measurements_are_those_that_are_kept() -> None:
     """As `python -m tests.bench readme` writes them."""
-    for name in bench.MEASUREMENTS:
+    assert bench.measured()
+    for name in bench.measured():
         assert readme.marked(f"bench {name}", bench.kept(name)) in README
 
 
