@@ -12,9 +12,10 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +23,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from receiver import proxy_socket
-from receiver.proxy_socket import ProxySilent
+from receiver.proxy_socket import Master, ProxySilent
+from receiver.proxy_socket import ProxyFailed as ProxyFailed
 from receiver.routes import SLOTS, Bind, Route, Routes, Slot, configuration, digest, port_of
 from receiver.settings import ReceiverSettings
 
 log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
 CLOSING_SECONDS = 5.0
+_MASTER_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 _IDLE_PAUSE_SECONDS = 0.1
 _PROGRAM_SECONDS = 20
-
-
-class ProxyFailed(Exception):
-    """HAProxy did not do what it was told"""
 
 
 class ProxyMissing(ProxyFailed):
@@ -132,10 +131,12 @@ class Proxy:
         """Give a service's public ports back; a service without a route is fine."""
         with self.alone():
             routes = self.routes()
-            if routes.of(service) is None:
+            route = routes.of(service)
+            if route is None:
                 return
-            if self._answers():
+            if self._is_alive():
                 self._follow(routes.without(service))
+                _wait_until_free(route.binds)
             else:
                 self._write_down(routes.without(service))
 
@@ -158,27 +159,26 @@ class Proxy:
 
     def _have_read(self, wanted: str) -> None:
         """Return when HAProxy runs the configuration of this digest, which takes a reload at most."""
-        deadline, failures = time.monotonic() + PATIENCE_SECONDS, None
-        while proxy_socket.description(self._runtime) != wanted:
-            with contextlib.suppress(ProxySilent):  # not started yet: the daemon does
-                failures = self._reload(failures)
+        deadline, reload = time.monotonic() + PATIENCE_SECONDS, _Reload(self._master)
+        while (read := proxy_socket.description(self._runtime)) != wanted:
+            if read is not None:  # else it is being started, by the daemon
+                reload.see_to(proxy_socket.master(self._ask_master("show proc")))
             if time.monotonic() > deadline:
                 raise ProxyFailed(
                     "HAProxy does not answer; the receiver starts it: see that receiver and HAProxy run"
                 )
             time.sleep(_PAUSE_SECONDS)
 
-    def _reload(self, failures: int | None) -> int:
-        """Ask for a reload the first time, then see that it did not fail."""
-        now = proxy_socket.master(self._master)
-        if failures is None:
-            proxy_socket.ask(self._master, "reload")
-        elif now.failed > failures:
-            raise ProxyFailed(
-                "HAProxy cannot take the public ports: something else holds one (ss -lntp), "
-                "or a port below 1024 needs CAP_NET_BIND_SERVICE"
-            )
-        return now.failed if failures is None else failures
+    def _ask_master(self, command: str) -> str:
+        """It is silent for a moment while it reads its configuration again."""
+        deadline = time.monotonic() + _MASTER_SECONDS
+        while True:
+            try:
+                return proxy_socket.ask(self._master, command)
+            except ProxySilent:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
 
     def _tell(self, route: Route) -> None:
         """First what takes requests, then what no longer does: no moment without a server."""
@@ -203,10 +203,10 @@ class Proxy:
 
     def busy(self, route: Route, slot: Slot) -> int:
         """Requests and streams in flight to a slot, those of workers that are leaving as well."""
-        leaving = proxy_socket.master(self._master).leaving
+        leaving = proxy_socket.master(self._ask_master("show proc")).leaving
         answers = [
             proxy_socket.ask(self._runtime, "show stat -1 4 -1"),
-            *(proxy_socket.ask(self._master, f"@!{pid} show stat -1 4 -1") for pid in leaving),
+            *(self._ask_master(f"@!{pid} show stat -1 4 -1") for pid in leaving),
         ]
         told = [proxy_socket.sessions(answer) for answer in answers]
         return sum(counts.get((route.backend(bind), slot), 0) for counts in told for bind in route.binds)
@@ -236,8 +236,8 @@ class Proxy:
         for bind in route.binds:
             command = f"shutdown sessions server {route.backend(bind)}/{slot}"
             proxy_socket.ask(self._runtime, command)
-            for pid in proxy_socket.master(self._master).leaving:
-                proxy_socket.ask(self._master, f"@!{pid} {command}")
+            for pid in proxy_socket.master(self._ask_master("show proc")).leaving:
+                self._ask_master(f"@!{pid} {command}")
 
     # -- the process -----------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ class Proxy:
         config = self.folder / "haproxy.cfg"
         if not config.exists():
             return False
-        if self._answers():
+        if self._is_alive():
             self._catch_up()
             return False
         self._run("-W", "-D", "-S", f"{self._master},mode,600", "-f", str(config), "-p", str(self._pid_file))
@@ -266,11 +266,14 @@ class Proxy:
     def _pid_file(self) -> Path:
         return self.folder / "haproxy.pid"
 
-    def _answers(self) -> bool:
+    def _is_alive(self) -> bool:
+        """By its process: its sockets are silent for a moment while it reads its configuration again."""
         try:
-            return bool(proxy_socket.master(self._master))
-        except ProxySilent:
+            pid = int(self._pid_file.read_text())
+            command = Path("/proc", str(pid), "cmdline").read_bytes()
+        except (OSError, ValueError):
             return False
+        return str(self.folder / "haproxy.cfg").encode() in command.split(b"\0")
 
     def _run(self, *arguments: str) -> None:
         """Run the program to its end, or until it has put itself into the background."""
@@ -293,9 +296,51 @@ class Proxy:
             said.unlink(missing_ok=True)
 
 
+@dataclass
+class _Reload:
+    """One reload, asked for until the master counts it: its answer may be lost, since it starts anew."""
+
+    path: Path
+    before: Master | None = None
+    asked_at: float = 0.0
+
+    def see_to(self, now: Master) -> None:
+        """Ask, or see what became of it; raises `ProxyFailed` when HAProxy could not do it."""
+        self.before = self.before or now
+        if now.failed > self.before.failed:
+            raise ProxyFailed(
+                "HAProxy cannot take the public ports: something else holds one (ss -lntp), "
+                "or a port below 1024 needs CAP_NET_BIND_SERVICE"
+            )
+        if now.reloads == self.before.reloads and time.monotonic() - self.asked_at > _MASTER_SECONDS:
+            self.asked_at = time.monotonic()
+            with contextlib.suppress(ProxySilent):
+                proxy_socket.ask(self.path, "reload")
+
+
 def _alerts(said: str) -> str:
     found = re.findall(r"\[ALERT\]\s+\(\d+\) : (.*)", said)
     return "; ".join(line.removeprefix("config : ") for line in found[:2]) or said[-300:]
+
+
+def _wait_until_free(binds: Iterable[Bind]) -> None:
+    """The worker that leaves lets go of its ports a moment after the new one is there."""
+    deadline = time.monotonic() + CLOSING_SECONDS
+    while any(map(_is_held, binds)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _is_held(bind: Bind) -> bool:
+    family = socket.AF_INET6 if bind.host_ip and ":" in bind.host_ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind.host_ip or "", bind.host_port))
+        except PermissionError:
+            return False
+        except OSError:
+            return True
+    return False
 
 
 def _write(path: Path, text: str) -> None:

@@ -15,7 +15,11 @@ _SECONDS = 3.0
 _PIECE_BYTES = 65536
 
 
-class ProxySilent(Exception):
+class ProxyFailed(Exception):
+    """HAProxy did not do what it was told"""
+
+
+class ProxySilent(ProxyFailed):
     """HAProxy does not answer on its socket"""
 
 
@@ -84,12 +88,11 @@ def sessions(told: str) -> dict[tuple[str, str], int]:
     return {(row["pxname"], row["svname"]): int(row["scur"] or 0) for row in rows if row.get("scur")}
 
 
-def master(path: Path) -> Master:
-    """The master and its workers; raises `ProxySilent`."""
-    told = ask(path, "show proc")
+def master(told: str) -> Master:
+    """The master and its workers, of an answer to `show proc`; raises `ProxySilent`."""
     found = re.search(r"master\s+(\d+) \[failed: (\d+)\]", told)
     if found is None:
-        raise ProxySilent(f"what answers at {path} is no master of HAProxy 2.6 or later")
+        raise ProxySilent("what answers is no master of HAProxy 2.6 or later")
     _, _, old = told.partition("# old workers")
     leaving = re.findall(r"^(\d+)\s+worker", old, re.MULTILINE)
     return Master(int(found[1]), int(found[2]), tuple(int(pid) for pid in leaving))

@@ -30,7 +30,7 @@ global
 defaults
     mode http
     option forwardfor
-    option redispatch
+    option redispatch 1
     retries 3
     retry-on conn-failure empty-response
     timeout connect 5s
