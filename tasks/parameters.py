@@ -138,6 +138,17 @@ def health_check_seconds(check: HealthCheckConfig) -> float:
     return (attempts * per_attempt_ms + check.quiet_period_ms) / 1000
 
 
+def rolling(config: DeploymentConfig) -> DeploymentConfig:
+    """The configuration with strategy `rolling`; raises `ParametersRefused` where that cannot be done."""
+    if config.cannot_roll and config.strategy_fallback is None:
+        raise ParametersRefused(
+            "deployment_config",
+            f"a rolling update cannot be: {config.cannot_roll}",
+            "correct it, set strategy_fallback: recreate, or use deploy-container",
+        )
+    return config.model_copy(update={"strategy": Strategy.ROLLING})
+
+
 def drain_seconds(config: DeploymentConfig) -> float:
     """Time that a rolling update may take, after the health check, for requests in flight on the old one."""
     if config.way is not Strategy.ROLLING:

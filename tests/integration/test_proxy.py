@@ -7,10 +7,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from receiver import settings
 from receiver.contract import DeploymentConfig, PortMapping, Strategy
 from receiver.proxy import Proxy, ProxyFailed, ProxyMissing
 from receiver.routes import Route, Target, route_for
+from tests import load
 from tests.services import free_port, require_service
 
 SLOW_SECONDS = 0.6
@@ -99,55 +99,15 @@ def routed(port: int, target: Target, service: str = "web", **config: object) ->
 
 def ask(port: int, path: str = "/", host: str | None = None) -> str:
     """One request on a connection of its own."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    return load.ask("127.0.0.1", port, path, {"Host": host} if host else {})
+
+
+def answers(port: int) -> bool:
+    """Whether v2 does, here."""
     try:
-        connection.request("GET", path, headers={"Host": host} if host else {})
-        answer = connection.getresponse()
-        return answer.read().decode() if answer.status == 200 else f"HTTP {answer.status}"
-    finally:
-        connection.close()
-
-
-def told(call: Callable[[], str]) -> str:
-    """What a request was answered, or how it failed."""
-    try:
-        return call()
-    except (OSError, HTTPException) as exc:
-        return f"failed: {exc!r}"
-
-
-def once_more(connection: HTTPConnection) -> str:
-    """A request on a connection that is kept."""
-    connection.request("GET", "/")
-    return connection.getresponse().read().decode()
-
-
-@contextmanager
-def load(port: int) -> Iterator[list[str]]:
-    """Keep-alive, new connections and slow requests until the block ends; what each was answered."""
-    answers: list[str] = []
-    is_over = threading.Event()
-    kept = [HTTPConnection("127.0.0.1", port, timeout=10) for _ in range(2)]
-    calls = [
-        *(partial(once_more, connection) for connection in kept),
-        *(partial(ask, port, path) for path in ("/", "/slow", "/slow")),
-    ]
-
-    def repeat(call: Callable[[], str]) -> None:
-        while not is_over.is_set():
-            answers.append(told(call))
-
-    threads = [threading.Thread(target=repeat, args=(call,), daemon=True) for call in calls]
-    for thread in threads:
-        thread.start()
-    try:
-        yield answers
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join(10)
-        for connection in kept:
-            connection.close()
+        return ask(port) == "v2"
+    except (OSError, HTTPException):
+        return False
 
 
 def test_moving_a_route_back_and_forth_loses_no_request(proxy: Proxy) -> None:
@@ -155,7 +115,7 @@ def test_moving_a_route_back_and_forth_loses_no_request(proxy: Proxy) -> None:
     port = free_port()
     with version("v1") as one, version("v2") as two:
         proxy.set_route(routed(port, one))
-        with load(port) as answers:
+        with load.load("127.0.0.1", port) as outcome:
             for target, slot in [(two, "a"), (one, "b"), (two, "a"), (one, "b")]:
                 known = proxy.route("web")
                 assert known
@@ -163,7 +123,8 @@ def test_moving_a_route_back_and_forth_loses_no_request(proxy: Proxy) -> None:
                 proxy.set_route(moved)
                 assert proxy.drain(moved, "a" if slot == "a" else "b", 10) == 0
                 assert ask(port) == target.container_id
-        assert set(answers) == {"v1", "v2"}
+        assert outcome.failures == []
+        assert set(outcome.answers) == {"v1", "v2"}
 
 
 def test_an_idle_version_can_be_ended_at_once(proxy: Proxy) -> None:
@@ -172,13 +133,14 @@ def test_an_idle_version_can_be_ended_at_once(proxy: Proxy) -> None:
     with ExitStack() as old, version("v2") as two:
         one = old.enter_context(version("v1"))
         proxy.set_route(routed(port, one))
-        with load(port) as answers:
+        with load.load("127.0.0.1", port) as outcome:
             moved = routed(port, one).leading_to(two)
             proxy.set_route(moved)
             proxy.drain(moved, "a", 10)
             old.close()
             time.sleep(0.3)
-        assert set(answers) <= {"v1", "v2"}
+        assert outcome.failures == []
+        assert set(outcome.answers) <= {"v1", "v2"}
 
 
 @pytest.mark.parametrize(("method", "ending"), [("POST", b"502 Bad Gateway"), ("GET", b"v2")])
@@ -237,7 +199,7 @@ def test_routes_outlive_haproxy(proxy: Proxy) -> None:
         before = (proxy.folder / "haproxy.pid").read_text()
         os.kill(int(before), signal.SIGKILL)
         deadline = time.monotonic() + 10
-        while (proxy.folder / "haproxy.pid").read_text() in {"", before} or told(lambda: ask(port)) != "v2":
+        while (proxy.folder / "haproxy.pid").read_text() in {"", before} or not answers(port):
             assert time.monotonic() < deadline, "HAProxy was not started again"
             time.sleep(0.02)
 
