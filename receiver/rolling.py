@@ -58,12 +58,14 @@ class RollingOperations(Operations):
     def _make(
         self, image_id: str, name: str, labels: Mapping[str, str], environment: Mapping[str, str]
     ) -> str:
-        with self.proxy.alone():  # two deployments must not choose the same port
-            config = self._on_loopback()
-            return self.engine.create_container(image_id, name, config, labels, environment)
+        return self.engine.create_container(image_id, name, self._on_loopback(), labels, environment)
 
     def _on_loopback(self) -> DeploymentConfig:
-        """The configuration with each container port on a loopback port of its own."""
+        """The configuration with each container port on a loopback port of its own.
+
+        Chosen at random and without a lock: should two deployments ever choose the same, one fails to start,
+        and its old version serves.
+        """
         wanted = sorted({mapping.container_port for mapping in self._config.port_mappings})
         free = _free_ports(len(wanted), self.engine.promised_ports())
         mappings = [

@@ -33,9 +33,8 @@ POINTS = (
 )
 # The same for a rolling deployment, where the new container starts beside the old one.
 ROLLING_POINTS = (
-    *("tag_image", "create_container", "move to prepared", "start", "move to validating"),
-    *("move to moving", "rename", "rename again", "move to draining", "set_restart_policy", "stop"),
-    "move to kept",
+    *("create_container", "start", "move to validating", "move to moving", "rename"),
+    *("move to draining", "set_restart_policy", "stop", "move to kept"),
 )
 _ENGINE_CALLS = ("tag_image", "create_container", "set_restart_policy", "stop", "rename", "start")
 _processes = get_context("forkserver")

@@ -121,8 +121,8 @@ async def broken(rig: Rig) -> None:
 async def killed(rig: Rig) -> None:
     """Wherever SIGKILL hits, one look later the old version serves by its name, and nothing else is there."""
     names = {point: (f"roll-kill-{at}", 18960 + at) for at, point in enumerate(ROLLING_POINTS)}
-    for name, port in names.values():
-        await deploy(rig, name, "v1", port)
+    rig.image("v1")
+    await asyncio.gather(*(deploy(rig, name, "v1", port) for name, port in names.values()))
     made = {point: announce(rig, name, "v2", port) for point, (name, port) in names.items()}
     points = {operations.deployment_id: point for point, operations in made.items()}
     socket = Path(rig.host.settings.docker_host.removeprefix("unix://"))
