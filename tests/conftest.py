@@ -11,6 +11,7 @@ _GROUPS = {
     "deployments": (
         *("tests/e2e/test_deploy.py", "tests/e2e/test_events.py", "tests/e2e/test_reconcile.py"),
         *("tests/e2e/test_rollback.py", "tests/e2e/test_rsync.py", "tests/e2e/test_secrets.py"),
+        "tests/e2e/test_rolling.py",
     ),
     "faults": ("tests/e2e/test_faults.py",),
     "set-up": (

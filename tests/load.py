@@ -62,8 +62,13 @@ def _on(connection: HTTPConnection, path: str, headers: dict[str, str]) -> str:
 
 
 @contextmanager
-def load(address: str, port: int, slow: str = "/slow") -> Iterator[Outcome]:
-    """Two kept connections, one client with new ones, and two that ask `slow`, until the block ends."""
+def load(
+    address: str, port: int, slow: str = "/slow", enter: Callable[[], None] = lambda: None
+) -> Iterator[Outcome]:
+    """Two kept connections, one client with new ones, and two that ask `slow`, until the block ends.
+
+    Each is a thread, which calls `enter` first: to be in another network.
+    """
     outcome, is_over = Outcome(), threading.Event()
     kept = [HTTPConnection(address, port, timeout=_PATIENCE_SECONDS) for _ in range(2)]
     calls = [
@@ -72,6 +77,7 @@ def load(address: str, port: int, slow: str = "/slow") -> Iterator[Outcome]:
     ]
 
     def repeat(call: Callable[[], str]) -> None:
+        enter()
         while not is_over.is_set():
             outcome.count(call)
 
