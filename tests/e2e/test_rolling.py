@@ -1,4 +1,4 @@
-"""The specification's rolling update as a person runs it: a client that never stops asking notices nothing."""
+"""The specification's rolling update as a person runs it: a client that never stops asking sees nothing."""
 
 from __future__ import annotations
 
