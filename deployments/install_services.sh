@@ -1,11 +1,11 @@
 #!/bin/sh
 # Installs what the lab, the demo and the tests need on Debian or Ubuntu: Docker Engine, network tools,
-# PostgreSQL, Java and Maven (for Kafka), Prometheus, Chromium, an SSH server and rsync. Says what it will do
+# PostgreSQL, Java and Maven (for Kafka), Prometheus, Chromium, an SSH server, rsync and HAProxy. Says what it will do
 # before it does it, and does nothing that is not needed; run it again at will.
 #
 #   deployments/install_services.sh [--for demo|test|bench] [--start-docker | --stop-docker]
 #
-# --for demo      leave out what only the tests need (PostgreSQL, Java, Maven, Prometheus, Chromium, SSH, rsync).
+# --for demo      leave out what only the tests need (PostgreSQL, Java, Maven, Prometheus, Chromium, SSH, rsync, HAProxy).
 # --for bench     with what the benchmark compares with (docker-registry, zstd), which no test needs.
 # --start-docker  also start the Docker Engine when none answers.
 # --stop-docker   only stop the Docker Engine that --start-docker started itself.
@@ -41,6 +41,7 @@ missing_for_tests() {
     has_browser || echo chromium chromium-driver
     has sshd || echo openssh-server
     { has rsync && has ssh; } || echo rsync openssh-client
+    has haproxy || echo haproxy
 }
 
 missing_for_bench() {

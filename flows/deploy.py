@@ -35,6 +35,7 @@ from tasks.parameters import (
     WaitSeconds,
     check_paths,
     default_timeout_ms,
+    drain_seconds,
     health_check_seconds,
     load_seconds,
 )
@@ -180,7 +181,9 @@ async def deploy_and_validate(workflow: Workflow) -> None:
         workflow.failed_stage = outcome.stage_result(status, Stage.DEPLOY, outcome.failure_of(status))
         raise outcome.failure_of(status)
     await workflow.begin_validation(status)
-    limit = _seconds(workflow) + health_check_seconds(workflow.parameters.health_check_config)
+    asked = workflow.parameters
+    limit = _seconds(workflow) + health_check_seconds(asked.health_check_config)
+    limit += drain_seconds(asked.deployment_config)
     async with workflow.stage(Stage.VALIDATE, limit):
         status = await _follow(workflow, outcome.has_ended, limit, workflow.tell_attempts)
     workflow.host_status = status

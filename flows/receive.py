@@ -12,7 +12,8 @@ from prefect.states import Failed
 
 from flows.naming import name_as_started
 from flows.restore import restore_container
-from tasks import execute, restore, validate
+from receiver.contract import Strategy
+from tasks import execute, restore, rolling, validate
 
 
 def _run_name() -> str:
@@ -27,13 +28,17 @@ async def receive_container(deployment_id: str) -> State[Any] | None:
     """
     with restore.hold_container(deployment_id) as held:
         request, take = held.request, held.take
+        is_rolling = request.deployment_config.way is Strategy.ROLLING
         try:
             await take(execute.deploy_container, deployment_id, execute.deploy_seconds(request))
-            await take(execute.stop_existing_container, deployment_id, execute.stop_seconds(request))
+            if not is_rolling:
+                await take(execute.stop_existing_container, deployment_id, execute.stop_seconds(request))
             await take(execute.start_container, deployment_id)
             await take(validate.check_container_status, deployment_id, validate.status_seconds(request))
             await take(validate.validate_health_endpoint, deployment_id, validate.health_seconds(request))
             await take(validate.verify_service_registration, deployment_id)
+            if is_rolling:
+                await _take_over(held, deployment_id)
             await take(validate.keep_container, deployment_id)
         except Exception as exc:  # noqa: BLE001 - whatever failed, the previous container serves again
             code, cause = restore.record_failure(deployment_id, exc)
@@ -46,3 +51,11 @@ async def receive_container(deployment_id: str) -> State[Any] | None:
             return Failed(message=f"{code}: {cause}")
         await take(validate.retire_old_versions, deployment_id)
     return None
+
+
+async def _take_over(held: restore.HeldContainer, deployment_id: str) -> None:
+    """The proven container, beside the old one until now, gets the traffic; the old one ends its work."""
+    request, take = held.request, held.take
+    await take(rolling.switch_traffic, deployment_id, rolling.switch_seconds(request))
+    await take(rolling.drain_existing_container, deployment_id, rolling.drain_seconds(request))
+    await take(rolling.stop_idle_container, deployment_id, rolling.stop_seconds(request))

@@ -32,6 +32,7 @@ from receiver.contract import (
     HostState,
     ImageAnnouncement,
     PackageAnnouncement,
+    Strategy,
 )
 from receiver.disk import Need
 from receiver.engine import Engine, EngineInfo, EngineUnreachable
@@ -41,6 +42,7 @@ from receiver.ledger import Entry, Ledger, utc_now
 from receiver.metrics import Metrics, count_deployments
 from receiver.operations import Host, loaded_bytes
 from receiver.packages import Bytes, OmittedLayersUnknown, PackageMismatch, Packages, held_bytes
+from receiver.proxy import Proxy, ProxyFailed, ProxyMissing
 from receiver.settings import ReceiverSettings
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ HEALTH_PATIENCE_SECONDS = 4.0
 HEALTH_CACHE_SECONDS = 1.0
 RECONNECT_SECONDS = 2.0
 SWEEP_SECONDS = 20.0
+PROXY_SECONDS = 0.5
 
 AnswerT = TypeVar("AnswerT")
 
@@ -58,6 +61,13 @@ class PlatformMismatch(problems.Refusal):
 
     slug, status, error_code = "platform-mismatch", 422, ErrorCode.DEPLOYMENT_FAILED
     next_step = "Build the image for the host's platform (docker build --platform)."
+
+
+class RollingImpossible(problems.Refusal):
+    """This host cannot do a rolling update"""
+
+    slug, status, error_code = "rolling-impossible", 422, ErrorCode.DEPLOYMENT_FAILED
+    next_step = "Install HAProxy on the host (apt-get install haproxy), or use strategy: recreate."
 
 
 class EngineLink:
@@ -147,6 +157,14 @@ class Service:
             return True, list(image.layers)
         return False, await self.engine.ask(lambda engine: engine.known_layers(image))
 
+    def check_strategy(self, wanted: DeployRequest) -> None:
+        """Raise `RollingImpossible`, before a byte is sent, where the proxy is missing."""
+        if wanted.deployment_config.way is Strategy.ROLLING:
+            try:
+                Proxy(self.settings).program()
+            except ProxyMissing as exc:
+                raise RollingImpossible(str(exc)) from exc
+
     def take(
         self, wanted: DeployRequest, key: str | None, needs: list[Need], *, present: bool
     ) -> tuple[Entry, bool]:
@@ -192,6 +210,11 @@ class Service:
         """Clear up packages."""
         await self.packages.sweep()
 
+    async def keep_proxy(self) -> None:
+        """Start HAProxy when a service needs it and it does not run; it outlives this daemon."""
+        if await asyncio.to_thread(Proxy(self.settings).keep_running):
+            log.warning("HAProxy was started")
+
 
 def _service(request: Request) -> Service:
     service: Service = request.app.state.service
@@ -232,6 +255,7 @@ async def tell_metrics(service: TheService) -> Response:
 async def announce_deployment(request: Request, service: TheService) -> Response:
     """Take a deployment: 201, or 200 when the same request was taken before."""
     wanted = _correlated(await read(request, DeployRequest), request)
+    service.check_strategy(wanted)
     key = idempotency_key(request, service.settings)
     present, known_layers = await service.look_for(wanted.image)
     needs = await service.needs_of(wanted.image, known_layers)
@@ -381,6 +405,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     beside = [
         asyncio.create_task(_keep_going("guardian", service.guard, RECONNECT_SECONDS)),
         asyncio.create_task(_keep_going("sweep", service.sweep, SWEEP_SECONDS)),
+        asyncio.create_task(_keep_going("proxy", service.keep_proxy, PROXY_SECONDS)),
     ]
     try:
         yield
@@ -397,7 +422,7 @@ async def _keep_going(name: str, work: Callable[[], Awaitable[None]], pause_seco
         try:
             await work()
             told = ""
-        except EngineUnreachable as exc:
+        except (EngineUnreachable, ProxyFailed) as exc:
             if str(exc) != told:
                 log.warning("%s waits: %s", name, exc)
             told = str(exc)

@@ -65,6 +65,8 @@ class HostState(StrEnum):
     PREPARED = "prepared"
     SWITCHING = "switching"
     VALIDATING = "validating"
+    MOVING = "moving"
+    DRAINING = "draining"
     KEPT = "kept"
     FAILED = "failed"
     RESTORING = "restoring"
@@ -116,6 +118,13 @@ class Stage(StrEnum):
         return list(Stage).index(self) + 1
 
 
+class Strategy(StrEnum):
+    """How the new version takes the old one's place."""
+
+    RECREATE = "recreate"
+    ROLLING = "rolling"
+
+
 class Transport(StrEnum):
     """How a package travels; who may have it deployed is always told by signed HTTP."""
 
@@ -160,6 +169,7 @@ class VolumeMount(WireModel):
     host_path: Annotated[str, AfterValidator(references.check_mount_source)]
     container_path: Annotated[str, AfterValidator(references.check_absolute_path)]
     read_only: bool = False
+    shared: bool = Field(default=False, description="Two versions may write to it at the same time.")
 
 
 class DeploymentConfig(WireModel):
@@ -176,6 +186,47 @@ class DeploymentConfig(WireModel):
     keep_versions: Annotated[int, Field(ge=0, le=100)] = Field(
         default=2, description="Stopped versions kept for rollback; the newest of them is never removed."
     )
+    strategy: Strategy = Strategy.RECREATE
+    strategy_fallback: Literal[Strategy.RECREATE] | None = Field(
+        default=None, description="What to do where `rolling` cannot be done; null: refuse."
+    )
+    drain_timeout_seconds: Annotated[int, Field(ge=0, le=3600)] = Field(
+        default=30, description="Time for requests in flight on the old version; then they are closed."
+    )
+    hostname: Annotated[str, AfterValidator(references.check_hostname)] | None = Field(
+        default=None, description="Rolling: share the host ports with other services by this host name."
+    )
+    https_certificate_file: Annotated[str, AfterValidator(references.check_certificate_file)] | None = Field(
+        default=None, description="Rolling: PEM file on the host, chain and key; the host ports speak HTTPS."
+    )
+
+    @property
+    def cannot_roll(self) -> str | None:
+        """Why two versions cannot run side by side, with the fix; None when they can."""
+        return _obstacle(self)
+
+    @property
+    def way(self) -> Strategy:
+        """The strategy that is taken: the one asked for, or the fallback where that cannot be done."""
+        return Strategy.RECREATE if self.cannot_roll else self.strategy
+
+    @model_validator(mode="after")
+    def _rolling_can_roll(self) -> Self:
+        problem = self.cannot_roll if self.strategy is Strategy.ROLLING else None
+        if problem and self.strategy_fallback is None:
+            raise ValueError(
+                f"strategy: rolling is not possible: {problem}; or set strategy_fallback: recreate"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _proxy_settings_need_the_proxy(self) -> Self:
+        for name in ("hostname", "https_certificate_file"):
+            if getattr(self, name) is not None and self.strategy is not Strategy.ROLLING:
+                raise ValueError(
+                    f"{name}: only the proxy of strategy 'rolling' uses it; set strategy: rolling"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ports_are_published_once(self) -> Self:
@@ -205,6 +256,24 @@ class DeploymentConfig(WireModel):
         if ours:
             raise ValueError(f"labels: {ours[0]!r} is reserved; choose a name without the prefix 'gantry.'")
         return self
+
+
+def _obstacle(config: DeploymentConfig) -> str | None:
+    if config.network_mode == "host" or config.network_mode.startswith("container:"):
+        return f"network_mode {config.network_mode!r} leaves no port to the proxy; use a bridge network"
+    if not config.port_mappings:
+        return "port_mappings is empty, so there is no port to move; publish one"
+    for mapping in config.port_mappings:
+        if mapping.protocol != "tcp":
+            port = f"{mapping.host_port}/{mapping.protocol}"
+            return f"port_mappings: {port} is no port that the proxy can move; leave it out"
+    for volume in config.volumes:
+        if not (volume.read_only or volume.shared):
+            return (
+                f"volumes: both versions would write to {volume.host_path!r}; "
+                "set read_only, or shared if they may"
+            )
+    return None
 
 
 class HealthCheckConfig(WireModel):

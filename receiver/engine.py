@@ -12,6 +12,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from receiver.contract import DeploymentConfig, ImageAnnouncement, PackageAnnoun
 from receiver.engine_store import has_containerd_store
 
 log = logging.getLogger(__name__)
+LOOPBACK = "127.0.0.1"
 _CALL_TIMEOUT_SECONDS = 120
 _POLICY_TRIES = 10
 _POLICY_PAUSE_SECONDS = 0.1
@@ -415,9 +417,33 @@ class Engine:
             if "PublicPort" in bound
         ]
 
-    def check_ports_free(self, config: DeploymentConfig, current: Container | None) -> None:
-        """Raise `PortTaken` when a wanted host port is held by anything but the current container."""
-        ours = _host_ports(current)
+    def loopback_ports(self, container_id: str) -> dict[int, int]:
+        """Host port of each TCP port that a container is to publish on loopback, running or not."""
+        attributes = self._client.containers.get(container_id).attrs
+        bindings = attributes["HostConfig"].get("PortBindings") or {}
+        return {
+            int(port.partition("/")[0]): int(binding["HostPort"])
+            for port, bound in bindings.items()
+            for binding in bound or ()
+            if binding.get("HostIp") == LOOPBACK and binding.get("HostPort")
+        }
+
+    def promised_ports(self) -> set[int]:
+        """Host ports of all containers, running or not."""
+        found = self._client.containers.list(all=True, ignore_removed=True)
+        return {port for container in found for port, _ in _bound_ports(container)}
+
+    def check_ports_free(
+        self,
+        config: DeploymentConfig,
+        current: Container | None,
+        proxied: AbstractSet[tuple[int, str]] = frozenset(),
+    ) -> None:
+        """Raise `PortTaken` when a wanted host port is held by anything but the current container.
+
+        Those that are `proxied` for it already count as its own.
+        """
+        ours = _host_ports(current) | proxied
         for mapping in config.port_mappings:
             if (mapping.host_port, mapping.protocol) not in ours and self.is_local:
                 _check_port_free(mapping)
@@ -459,6 +485,10 @@ def _restart_policy(policy: str) -> dict[str, Any]:
 def _host_ports(container: Container | None) -> set[tuple[int, str]]:
     if container is None or not container.attrs["State"]["Running"]:  # a stopped one holds no port
         return set()
+    return _bound_ports(container)
+
+
+def _bound_ports(container: Container) -> set[tuple[int, str]]:
     bindings = container.attrs["HostConfig"].get("PortBindings") or {}
     return {
         (int(binding["HostPort"]), port.partition("/")[2])

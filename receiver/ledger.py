@@ -33,6 +33,7 @@ from receiver.contract import (
 from receiver.disk import Ballast
 
 S = HostState
+_AT_WORK = (S.READY, S.PREPARED, S.SWITCHING, S.VALIDATING, S.MOVING, S.DRAINING)
 TRANSITIONS: frozenset[tuple[HostState, HostState]] = frozenset(
     {
         (S.RECEIVING, S.READY),
@@ -43,8 +44,13 @@ TRANSITIONS: frozenset[tuple[HostState, HostState]] = frozenset(
         (S.PREPARED, S.SWITCHING),
         (S.SWITCHING, S.VALIDATING),
         (S.VALIDATING, S.KEPT),
-        *((state, S.FAILED) for state in (S.READY, S.PREPARED, S.SWITCHING, S.VALIDATING)),
-        *((state, S.RESTORING) for state in (S.READY, S.PREPARED, S.SWITCHING, S.VALIDATING, S.FAILED)),
+        # rolling: beside the old one, then the route
+        (S.PREPARED, S.VALIDATING),
+        (S.VALIDATING, S.MOVING),
+        (S.MOVING, S.DRAINING),
+        (S.DRAINING, S.KEPT),
+        *((state, S.FAILED) for state in _AT_WORK),
+        *((state, S.RESTORING) for state in (*_AT_WORK, S.FAILED)),
         (S.RESTORE_FAILED, S.RESTORING),
         (S.RESTORING, S.RESTORED),
         (S.RESTORING, S.RESTORE_FAILED),
@@ -117,6 +123,7 @@ class Undo:
     restart_policy: dict[str, Any] | None = None
     was_running: bool = False
     stop_began_at: str | None = None
+    route: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import requests.exceptions
 from docker.errors import APIError, NotFound
@@ -31,11 +32,17 @@ from receiver.contract import (
     PackageAnnouncement,
     QualityGate,
     Stage,
+    Strategy,
 )
 from receiver.engine import Engine, LoadedImage, PortTaken
 from receiver.ledger import Entry, Ledger, StateConflict, Undo, utc_now
 from receiver.locks import Hold, container_lock
+from receiver.proxy import Proxy, ProxyFailed
+from receiver.routes import Route
 from receiver.settings import ReceiverSettings
+
+if TYPE_CHECKING:
+    from receiver.rolling import RollingOperations
 
 RESTORE_STAGE = "rollback"
 FAILED_STOP_GRACE_SECONDS = 5
@@ -44,6 +51,8 @@ UNFINISHED = (
     HostState.PREPARED,
     HostState.SWITCHING,
     HostState.VALIDATING,
+    HostState.MOVING,
+    HostState.DRAINING,
     HostState.FAILED,
     HostState.RESTORING,
 )
@@ -95,7 +104,16 @@ class Host:
 
     def operations(self, deployment_id: str) -> Operations:
         """The steps of one deployment; the caller holds its lock."""
-        return Operations(self.settings, self.ledger, self.engine, deployment_id)
+        return steps_of(self.settings, self.ledger, self.engine, deployment_id)
+
+    def rolling(self, deployment_id: str) -> RollingOperations:
+        """The same for a rolling deployment; raises `StepFailed` for any other."""
+        from receiver.rolling import RollingOperations  # here: they are built on these
+
+        found = self.operations(deployment_id)
+        if not isinstance(found, RollingOperations):
+            raise StepFailed(f"deployment {deployment_id} is none of strategy rolling")
+        return found
 
     async def restore(self, deployment_id: str) -> DeploymentStatus:
         """Bring the previous container back; a no-op where nothing is left to undo.
@@ -123,6 +141,15 @@ class Host:
         return await self.restore(deployment_id)
 
 
+def steps_of(settings: ReceiverSettings, ledger: Ledger, engine: Engine, deployment_id: str) -> Operations:
+    """The steps of one deployment, by its strategy."""
+    from receiver.rolling import RollingOperations  # here: they are built on these
+
+    config = ledger.get(deployment_id).request.deployment_config
+    made_by = RollingOperations if config.way is Strategy.ROLLING else Operations
+    return made_by(settings, ledger, engine, deployment_id)
+
+
 @dataclass(frozen=True)
 class Operations:
     """The steps of one deployment, under the specification's operation names."""
@@ -136,6 +163,11 @@ class Operations:
     def entry(self) -> Entry:
         """The deployment as the ledger has it now."""
         return self.ledger.get(self.deployment_id)
+
+    @property
+    def proxy(self) -> Proxy:
+        """The host's HAProxy, which has this container's ports when a rolling deployment gave it them."""
+        return Proxy(self.settings)
 
     def _entry_in(self, *states: HostState) -> Entry:
         """The entry, when it is in one of `states`, the last of which the step leads to.
@@ -189,7 +221,7 @@ class Operations:
         self._entry_in(HostState.READY, HostState.PREPARED)
         async with self._step("deploy_container", Stage.DEPLOY):
             for earlier in self._left_before():
-                await Operations(self.settings, self.ledger, self.engine, earlier).restore()
+                await steps_of(self.settings, self.ledger, self.engine, earlier).restore()
             await self._in_turn(lambda: self._prepare(environment))
 
     def _left_before(self) -> list[str]:
@@ -252,8 +284,10 @@ class Operations:
         return image
 
     def _check_ports(self, entry: Entry, current: Container | None) -> None:
+        route = self.proxy.route(entry.request.container_name)
+        proxied = {(bind.host_port, "tcp") for bind in route.binds} if route else set()
         try:
-            self.engine.check_ports_free(entry.request.deployment_config, current)
+            self.engine.check_ports_free(entry.request.deployment_config, current, proxied)
         except PortTaken as exc:
             self._gate("no_port_conflicts", Stage.DEPLOY, passed=False, message=str(exc))
             raise
@@ -269,9 +303,13 @@ class Operations:
             contract.LABEL_WORKFLOW: request.workflow_id or "",
             contract.LABEL_IMAGE_TAG: request.image_tag,
         }
-        return self.engine.create_container(
-            image.image_id, name, request.deployment_config, labels, environment
-        )
+        return self._make(image.image_id, name, labels, environment)
+
+    def _make(
+        self, image_id: str, name: str, labels: Mapping[str, str], environment: Mapping[str, str]
+    ) -> str:
+        config = self.entry.request.deployment_config
+        return self.engine.create_container(image_id, name, config, labels, environment)
 
     async def stop_existing_container(self) -> None:
         """Stop the old container and keep it under a `-previous` name, its restart policy off."""
@@ -283,18 +321,20 @@ class Operations:
         entry = self._entry_in(HostState.PREPARED, HostState.SWITCHING)
         if entry.state is HostState.PREPARED:
             entry = self._record_undo(entry)
-        previous = entry.facts.previous_container_id
-        if previous is None:
-            return
-        self.engine.set_restart_policy(previous, {"Name": "no", "MaximumRetryCount": 0})
-        self.engine.stop(previous, entry.request.deployment_config.stop_timeout_seconds)
-        self._entry_in(HostState.SWITCHING)
-        self.engine.rename(previous, _aside_name(entry.request.container_name, "previous", previous))
+        previous, name = entry.facts.previous_container_id, entry.request.container_name
+        if previous is not None:
+            self.engine.set_restart_policy(previous, {"Name": "no", "MaximumRetryCount": 0})
+            self.engine.stop(previous, entry.request.deployment_config.stop_timeout_seconds)
+            self._entry_in(HostState.SWITCHING)
+        self.proxy.remove_route(name)  # the new container publishes the ports itself
+        if previous is not None:
+            self.engine.rename(previous, aside_name(name, "previous", previous))
 
-    def _record_undo(self, entry: Entry) -> Entry:
+    def _record_undo(self, entry: Entry, state: HostState = HostState.SWITCHING) -> Entry:
         current = self.engine.find_container(entry.request.container_name)
         _check_survives_its_stop(current)
         self._check_room_to_switch()
+        route = self.proxy.route(entry.request.container_name)
         undo = Undo(stop_began_at=utc_now().isoformat())
         if current is not None:
             undo = Undo(
@@ -302,10 +342,11 @@ class Operations:
                 restart_policy=current.attrs["HostConfig"]["RestartPolicy"],
                 was_running=bool(current.attrs["State"]["Running"]),
                 stop_began_at=utc_now().isoformat(),
+                route=route.model_dump(mode="json") if route and _leads_to(route, current) else None,
             )
         return self.ledger.move(
             self.deployment_id,
-            HostState.SWITCHING,
+            state,
             undo=undo,
             previous_container_id=undo.previous_container_id,
             previous_image_id=current.attrs["Image"] if current is not None else None,
@@ -321,19 +362,19 @@ class Operations:
         entry = self._entry_in(HostState.SWITCHING, HostState.VALIDATING)
         if entry.state is HostState.VALIDATING:
             return
-        container_id = _required(entry.facts.container_id)
+        container_id = required(entry.facts.container_id)
         self.engine.rename(container_id, entry.request.container_name)
         try:
             self.engine.start(container_id)
         except APIError as exc:
-            self._gate("container_started_without_errors", Stage.DEPLOY, passed=False, message=_said(exc))
-            raise StepFailed(f"the container does not start: {_said(exc)}") from exc
+            self._gate("container_started_without_errors", Stage.DEPLOY, passed=False, message=said(exc))
+            raise StepFailed(f"the container does not start: {said(exc)}") from exc
         self._gate("container_started_without_errors", Stage.DEPLOY, passed=True)
         self.ledger.move(
             self.deployment_id,
             HostState.VALIDATING,
             container_started_at=self.engine.state(container_id).started_at,
-            host_port=_first_host_port(entry),
+            host_port=first_host_port(entry),
         )
 
     # -- stage 4 ---------------------------------------------------------------------------------
@@ -350,7 +391,7 @@ class Operations:
 
     async def _check_running(self) -> None:
         facts = self.entry.facts
-        state = await asyncio.to_thread(self.engine.state, _required(facts.container_id))
+        state = await asyncio.to_thread(self.engine.state, required(facts.container_id))
         health.check_running(state, facts.container_started_at)
         if state.image_id != facts.image_id:
             raise health.ContainerUnwell(f"the container runs {state.image_id}, not {facts.image_id}")
@@ -393,7 +434,7 @@ class Operations:
             return None
         if config.network_mode == "host":
             return f"http://127.0.0.1:{check.port}{check.health_endpoint}"
-        own = self.engine.address(_required(entry.facts.container_id))
+        own = self.engine.address(required(entry.facts.container_id))
         return f"http://{_bracketed(own)}:{check.port}{check.health_endpoint}" if own else None
 
     def _note_interruption(self) -> None:
@@ -437,7 +478,7 @@ class Operations:
         """The new container is proven: it stays."""
         if self._entry_in(HostState.VALIDATING, HostState.KEPT).state is not HostState.KEPT:
             await self._check_running()
-            tail = await asyncio.to_thread(self.engine.log_tail, _required(self.entry.facts.container_id))
+            tail = await asyncio.to_thread(self.engine.log_tail, required(self.entry.facts.container_id))
             self.ledger.move(self.deployment_id, HostState.KEPT, log_tail=tail)
 
     async def retire(self) -> None:
@@ -490,8 +531,8 @@ class Operations:
         async with self._step("restore_previous_container", RESTORE_STAGE):
             try:
                 restored = await self._undo_patiently(self.entry.undo or Undo())
-            except (APIError, NotFound, health.ContainerUnwell, StepFailed) as exc:
-                cause = f"the previous container could not be restored: {_said(exc)}"
+            except (APIError, NotFound, health.ContainerUnwell, StepFailed, ProxyFailed) as exc:
+                cause = f"the previous container could not be restored: {said(exc)}"
                 self.ledger.move(
                     self.deployment_id,
                     HostState.RESTORE_FAILED,
@@ -569,6 +610,15 @@ class Operations:
 
     def _clear_the_way(self, previous: str | None) -> None:
         """Stop what this deployment made so that no restart policy brings it back, and take its name."""
+        self._check_way_back(previous)
+        self._stop_new()
+
+    def _stop_new(self) -> None:
+        for made in self.engine.containers_of_deployment(self.deployment_id):
+            if made.status not in _BEING_REMOVED:
+                self._retreat(str(made.id))
+
+    def _check_way_back(self, previous: str | None) -> None:
         name = self.entry.request.container_name
         ours = self.engine.containers_of_deployment(self.deployment_id)
         holder = self.engine.find_container(name)
@@ -582,9 +632,6 @@ class Operations:
                 f"container {previous[:12]} is gone from the engine; the new one was left as it is: "
                 "deploy a known version"
             )
-        for made in ours:
-            if made.status not in _BEING_REMOVED:
-                self._retreat(str(made.id))
 
     def _retreat(self, container_id: str) -> None:
         name = self.entry.request.container_name
@@ -592,7 +639,7 @@ class Operations:
         self.engine.stop(container_id, FAILED_STOP_GRACE_SECONDS)
         if tail := self.engine.log_tail(container_id):
             self.ledger.note(self.deployment_id, log_tail=tail)
-        self.engine.rename(container_id, _aside_name(name, "failed", container_id))
+        self.engine.rename(container_id, aside_name(name, "failed", container_id))
 
     def _remove_failed(self) -> None:
         for made in self.engine.containers_of_deployment(self.deployment_id):
@@ -603,6 +650,8 @@ class Operations:
         self.engine.set_restart_policy(previous, undo.restart_policy or {"Name": "unless-stopped"})
         if undo.was_running:
             self.engine.start(previous)
+        if undo.route:
+            self.proxy.set_route(Route.model_validate(undo.route))
 
     async def _check_previous(self, container_id: str) -> None:
         """The restored container runs, and a moment later is still the same process."""
@@ -627,7 +676,12 @@ def _ask_for_room(need: disk.Need, reserve_bytes: int = disk.RESERVE_BYTES) -> N
         raise StepFailed(f"{exc}; free some room on the host: docker system df, docker image prune") from exc
 
 
-def _aside_name(container_name: str, role: str, container_id: str) -> str:
+def _leads_to(route: Route, container: Container) -> bool:
+    return route.serving is not None and route.serving.container_id == container.id
+
+
+def aside_name(container_name: str, role: str, container_id: str) -> str:
+    """Name of a container that is not the current one."""
     return f"{container_name}-{role}-{container_id[:8]}"
 
 
@@ -640,7 +694,8 @@ def _check_survives_its_stop(current: Container | None) -> None:
         )
 
 
-def _first_host_port(entry: Entry) -> int | None:
+def first_host_port(entry: Entry) -> int | None:
+    """Where people reach the service."""
     mappings = entry.request.deployment_config.port_mappings
     return next((mapping.host_port for mapping in mappings if mapping.protocol == "tcp"), None)
 
@@ -649,12 +704,13 @@ def _bracketed(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def _required(value: str | None) -> str:
+def required(value: str | None) -> str:
+    """The id of the container that was created; raises `StepFailed`."""
     if value is None:
         raise StepFailed("the ledger has no container for this deployment; deploy_container did not run")
     return value
 
 
-def _said(exc: Exception) -> str:
+def said(exc: Exception) -> str:
     """The engine's own words, without the HTTP wrapping."""
     return str(exc.explanation) if isinstance(exc, APIError) and exc.explanation else str(exc)

@@ -11,6 +11,8 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 _RESTART = re.compile(r"no|always|unless-stopped|on-failure(:[1-9][0-9]{0,3})?")
 _NETWORK = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.:-]{0,127}")
 _CONSUL_URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?(/[A-Za-z0-9._~/-]*)?")
+_HOSTNAME = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]{0,62})(\.[a-z0-9][a-z0-9-]{0,62})*")
+_CERTIFICATE = re.compile(r"(/[A-Za-z0-9_@+-][A-Za-z0-9_.@+-]*)+")
 _VOLUME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,254}")
 
 
@@ -94,3 +96,20 @@ def check_ip_address(address: str) -> str:
     except ValueError as exc:
         raise ValueError(f"host_ip {address!r}: give one address, such as '127.0.0.1'") from exc
     return address
+
+
+def check_hostname(name: str) -> str:
+    """A DNS name in lower case, without scheme, port or wildcard."""
+    if not _HOSTNAME.fullmatch(name):
+        raise ValueError(f"hostname {name!r}: give a DNS name in lower case, such as 'shop.example.com'")
+    return name
+
+
+def check_certificate_file(path: str) -> str:
+    """An absolute path that the proxy's configuration can hold as it is."""
+    if not _CERTIFICATE.fullmatch(path):
+        raise ValueError(
+            f"https_certificate_file {path!r}: give an absolute path of letters, digits and '_.@+-/', "
+            "such as '/etc/gantry/shop.pem'"
+        )
+    return path

@@ -21,6 +21,7 @@ from receiver.engine import EngineInfo, EngineUnreachable, PublishedPort
 from receiver.exchange import as_json
 from receiver.ledger import Entry, utc_now
 from receiver.problems import MalformedRequest
+from receiver.proxy import Proxy, ProxyFailed
 from receiver.settings import ReceiverSettings
 
 if TYPE_CHECKING:
@@ -60,7 +61,18 @@ async def _or_none(service: Service) -> EngineInfo | None:
 
 async def _published(service: Service) -> list[PublishedPort]:
     with contextlib.suppress(EngineUnreachable):
-        return await service.engine.ask(lambda engine: engine.published_ports())
+        return [*_proxied(service), *await service.engine.ask(lambda engine: engine.published_ports())]
+    return []
+
+
+def _proxied(service: Service) -> list[PublishedPort]:
+    """Public ports of rolling services, which HAProxy holds for them."""
+    with contextlib.suppress(ProxyFailed):
+        return [
+            PublishedPort(bind.host_port, "tcp", f"{route.service} (HAProxy)", route.service)
+            for route in Proxy(service.settings).routes().routes
+            for bind in route.binds
+        ]
     return []
 
 
@@ -145,6 +157,7 @@ def told_settings(settings: ReceiverSettings) -> dict[str, str]:
         "HEALTH_CHECK_MAX_RETRIES": str(settings.health_check_max_retries),
         "HEALTH_CHECK_RETRY_INTERVAL_MS": str(settings.health_check_retry_interval_ms),
         "HEALTH_CHECK_TIMEOUT_MS": str(settings.health_check_timeout_ms),
+        "HOOK_RECEIVER_HAPROXY": settings.haproxy,
         "LOG_LEVEL": settings.log_level,
     }
 

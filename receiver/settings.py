@@ -46,6 +46,7 @@ VARIABLES: Mapping[str, tuple[str, str]] = {
     "HOOK_RECEIVER_MAX_PACKAGE_BYTES": (str(20 * 1024**3), "largest package that is taken"),
     "HOOK_RECEIVER_MAX_UPLOADS": ("4", "chunk requests served at the same time"),
     "HOOK_RECEIVER_RATE_LIMIT_PER_SECOND": ("100", "requests per second and peer"),
+    "HOOK_RECEIVER_HAPROXY": ("haproxy", "program of the proxy that strategy `rolling` needs (2.6 or later)"),
     "HOOK_RECEIVER_TLS_CERT_FILE": ("", "certificate chain (PEM); needs the key file too"),
     "HOOK_RECEIVER_TLS_KEY_FILE": ("", "private key (PEM) of the certificate"),
     "LOG_FORMAT": ("text", "text or json"),
@@ -112,6 +113,7 @@ class ReceiverSettings:
     log_level: str
     kafka_bootstrap_servers: str | None
     consul_token: SecretStr | None
+    haproxy: str
 
     @property
     def ledger_path(self) -> Path:
@@ -128,13 +130,24 @@ class ReceiverSettings:
         """One lock file per container."""
         return self.state_dir / "locks"
 
+    @property
+    def proxy_dir(self) -> Path:
+        """Routes, configuration and sockets of the proxy."""
+        return self.state_dir / "proxy"
+
     def make_folders(self) -> None:
         """Make the state folders, closed to others: the ledger holds environment values.
 
         Raises `SettingsRefused` when the state folder cannot be made or written.
         """
         try:
-            for folder in (self.state_dir, self.packages_dir, self.locks_dir, self.incoming_dir):
+            for folder in (
+                self.state_dir,
+                self.packages_dir,
+                self.locks_dir,
+                self.proxy_dir,
+                self.incoming_dir,
+            ):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             shared = self.incoming_dir.stat().st_mode & 0o022
         except OSError as exc:
@@ -197,6 +210,7 @@ def from_environment(
         log_level=values.matching("LOG_LEVEL", "DEBUG|INFO|WARNING|ERROR", "DEBUG, INFO, WARNING or ERROR"),
         kafka_bootstrap_servers=values.text("KAFKA_BOOTSTRAP_SERVERS") or None,
         consul_token=SecretStr(token) if token else None,
+        haproxy=values.text("HOOK_RECEIVER_HAPROXY"),
     )
 
 

@@ -17,6 +17,7 @@ from receiver import contract
 from receiver.contract import (
     ContainerVersion,
     ContainerVersions,
+    DeploymentConfig,
     DeployRequest,
     ErrorCode,
     HostContainers,
@@ -24,6 +25,7 @@ from receiver.contract import (
     ImageAnnouncement,
     RollbackRequest,
     RollbackTarget,
+    Strategy,
 )
 from receiver.engine import MadeContainer
 from receiver.exchange import accepted, as_json, idempotency_key, read
@@ -32,6 +34,9 @@ from receiver.problems import Refusal
 
 if TYPE_CHECKING:
     from receiver.app import Service
+
+
+_WAY = ("strategy", "hostname", "https_certificate_file", "drain_timeout_seconds")
 
 
 class ContainerUnknown(Refusal):
@@ -117,8 +122,16 @@ class Version:
 
 def _essence(request: DeployRequest) -> DeployRequest:
     """What of a request makes the container; the image is compared apart, by the engine's id."""
+    plain = {name: DeploymentConfig.model_fields[name].default for name in _WAY}
+    config = request.deployment_config.model_copy(update=plain)
     return request.model_copy(
-        update={"workflow_id": None, "image": None, "package": None, "rollback_on_failure": True}
+        update={
+            "workflow_id": None,
+            "image": None,
+            "package": None,
+            "rollback_on_failure": True,
+            "deployment_config": config,
+        }
     )
 
 
@@ -187,13 +200,33 @@ def _find(ledger: Ledger, deployment_id: str) -> Entry | None:
         return None
 
 
-def request_of(version: Version, image: ImageAnnouncement, workflow_id: str | None) -> DeployRequest:
-    """The request that brings a kept version back: its own, but what ran before returns if it is unwell."""
+def request_of(
+    version: Version, image: ImageAnnouncement, workflow_id: str | None, current: Version | None = None
+) -> DeployRequest:
+    """The request that brings a kept version back: its own, but what ran before returns if it is unwell.
+
+    It goes the way of the current version: a service that rolls is rolled back, too.
+    """
     if version.entry is None:
         raise VersionLost(f"the ledger of this host does not know how {version} was started")
     return version.entry.request.model_copy(
-        update={"image": image, "package": None, "workflow_id": workflow_id, "rollback_on_failure": True}
+        update={
+            "image": image,
+            "package": None,
+            "workflow_id": workflow_id,
+            "rollback_on_failure": True,
+            "deployment_config": _by_way_of(current, version.entry.request.deployment_config),
+        }
     )
+
+
+def _by_way_of(current: Version | None, config: DeploymentConfig) -> DeploymentConfig:
+    if current is None or current.entry is None or config.cannot_roll:
+        return config
+    now = current.entry.request.deployment_config
+    if now.way is not Strategy.ROLLING or config.way is Strategy.ROLLING:
+        return config
+    return config.model_copy(update={name: getattr(now, name) for name in _WAY})
 
 
 # -- endpoints -----------------------------------------------------------------------------------
@@ -220,7 +253,7 @@ async def tell_versions(container_name: str, request: Request) -> Response:
 @router.get(contract.container_path("{container_name}", "rollback"))
 async def tell_target(container_name: str, request: Request, to: str | None = None) -> Response:
     """Where a rollback would go back to; refused as that would be."""
-    version, image = await _target(request.app.state.service, container_name, to)
+    version, image, _ = await _target(request.app.state.service, container_name, to)
     health_check = request_of(version, image, None).health_check_config
     return as_json(RollbackTarget(version=version.told(), image=image, health_check_config=health_check))
 
@@ -233,10 +266,10 @@ async def roll_back(container_name: str, request: Request) -> Response:
     key = idempotency_key(request, service.settings)
     if known := await asyncio.to_thread(_taken_before, service.ledger, key, container_name, wanted):
         return as_json(accepted(known, _layers(known), present=True))
-    version, image = await _target(service, container_name, wanted.to)
+    version, image, current = await _target(service, container_name, wanted.to)
     entry, is_new = await asyncio.to_thread(
         service.ledger.create,
-        request_of(version, image, wanted.workflow_id),
+        request_of(version, image, wanted.workflow_id, current),
         HostState.READY,
         key,
         restored_from=version.deployment_id,
@@ -270,10 +303,16 @@ async def _shelf(service: Service, container_name: str) -> Shelf:
     return found[0] if found else Shelf(container_name, ())
 
 
-async def _target(service: Service, container_name: str, to: str | None) -> tuple[Version, ImageAnnouncement]:
-    """The version to go back to, and its image as this engine has it; the container pins the image."""
-    version = (await _shelf(service, container_name)).choose(to)
+async def _target(
+    service: Service, container_name: str, to: str | None
+) -> tuple[Version, ImageAnnouncement, Version | None]:
+    """The version to go back to, its image as this engine has it, and the current version.
+
+    The container pins the image.
+    """
+    shelf = await _shelf(service, container_name)
+    version = shelf.choose(to)
     image = await service.engine.ask(lambda engine: engine.announce_image(version.container.image_id))
     if image is None:
         raise VersionLost(f"the image of {version} was removed from this host's engine")
-    return version, image
+    return version, image, shelf.current

@@ -11,6 +11,7 @@ from tasks.errors import ERROR_CLASSES, DeploymentLost, GantryError
 from tasks.states import StageResult
 
 LOST = "unknown"
+_SWITCHES = frozenset({"stop_existing_container", "switch_traffic"})
 _UNDONE = frozenset({HostState.FAILED, HostState.RESTORING, HostState.RESTORED, HostState.RESTORE_FAILED})
 
 
@@ -110,5 +111,5 @@ def rollback_result(status: DeploymentStatus) -> dict[str, Any]:
         "rollback_duration_ms": status.facts.rollback_duration_ms or 0,
         "error_message": None if undone else cause,
         "host_state": status.state.value,
-        "switched": any(done.name == "stop_existing_container" for done in status.operations),
+        "switched": any(done.name in _SWITCHES for done in status.operations),
     }

@@ -19,6 +19,7 @@ from receiver.contract import (
     ImageTag,
     PackageFormat,
     Port,
+    Strategy,
     Transport,
     WireModel,
 )
@@ -160,6 +161,24 @@ def health_check_seconds(check: HealthCheckConfig) -> float:
     attempts, interval_ms = check.max_retries or 5, check.retry_interval_ms or 2_000
     per_attempt_ms = (check.timeout_ms or 5_000) + min(interval_ms * 1.2**attempts, 30_000)
     return (attempts * per_attempt_ms + check.quiet_period_ms) / 1000
+
+
+def rolling(config: DeploymentConfig) -> DeploymentConfig:
+    """The configuration with strategy `rolling`; raises `ParametersRefused` where that cannot be done."""
+    if config.cannot_roll and config.strategy_fallback is None:
+        raise ParametersRefused(
+            "deployment_config",
+            f"a rolling update cannot be: {config.cannot_roll}",
+            "correct it, set strategy_fallback: recreate, or use deploy-container",
+        )
+    return config.model_copy(update={"strategy": Strategy.ROLLING})
+
+
+def drain_seconds(config: DeploymentConfig) -> float:
+    """Time that a rolling update may take, after the health check, for requests in flight on the old one."""
+    if config.way is not Strategy.ROLLING:
+        return 0.0
+    return float(config.drain_timeout_seconds + config.stop_timeout_seconds)
 
 
 def check_paths(build: BuildOptions) -> None:

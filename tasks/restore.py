@@ -14,6 +14,7 @@ from prefect.logging import get_run_logger
 from receiver.contract import DeploymentStatus, DeployRequest, ErrorCode, Stage
 from receiver.health import ContainerUnwell
 from receiver.locks import Hold
+from receiver.proxy import ProxyFailed
 from tasks.errors import GantryError, RetryPolicy
 from tasks.hosting import this_host
 from tasks.logs import correlated
@@ -64,6 +65,8 @@ def _code_of(error: Exception, stage: str | None) -> ErrorCode:
         return ErrorCode.TIMEOUT
     if isinstance(error, GantryError) and error.error_code:
         return error.error_code
+    if isinstance(error, ProxyFailed):
+        return ErrorCode.DEPLOYMENT_FAILED
     unwell = isinstance(error, ContainerUnwell) or stage == Stage.VALIDATE
     return ErrorCode.HEALTH_CHECK_FAILED if unwell else ErrorCode.DEPLOYMENT_FAILED
 

@@ -11,7 +11,7 @@ from typing import Any
 from prefect.artifacts import acreate_table_artifact
 from prefect.utilities.slugify import slugify
 
-from blocks.receiver_client import ReceiverRefused
+from blocks.receiver_client import ReceiverError, ReceiverRefused
 from blocks.remote_host import RemoteHost, find_remote_host, saved_remote_hosts
 from receiver.contract import (
     ContainerVersions,
@@ -128,6 +128,17 @@ async def read_versions(host: RemoteHost, container_name: str | None) -> list[Co
             if exc.status != NOT_FOUND or container_name is None:
                 raise
             return []
+
+
+async def running_version(remote_host: str, remote_port: int, container_name: str) -> str | None:
+    """Image tag of what runs under a container's name; None where nothing does, or the host does not say."""
+    host = await find_remote_host(remote_host, remote_port)
+    try:
+        found = await read_versions(host, container_name)
+    except ReceiverError:  # what follows asks the host again, and tells it better
+        return None
+    running = [version for container in found for version in container.versions if version.role == "running"]
+    return running[0].image_tag if running else None
 
 
 def rows_of(host: RemoteHost, found: Sequence[ContainerVersions]) -> list[dict[str, Any]]:

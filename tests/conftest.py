@@ -13,6 +13,7 @@ _GROUPS = {
         *("tests/e2e/test_rollback.py", "tests/e2e/test_rsync.py", "tests/e2e/test_secrets.py"),
         "tests/e2e/test_push.py",
         "tests/e2e/test_fleet.py",
+        "tests/e2e/test_rolling.py",
     ),
     "faults": ("tests/e2e/test_faults.py",),
     "set-up": (

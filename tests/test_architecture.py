@@ -15,7 +15,10 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("deployments", "flows", "tasks", "blocks", "receiver")
 WIRE = {"receiver.contract", "receiver.signing", "receiver.archive", "receiver.engine_store"}
-HOST_SIDE = {"tasks/hosting.py", "tasks/execute.py", "tasks/validate.py", "tasks/restore.py"}
+HOST_SIDE = {
+    *("tasks/hosting.py", "tasks/execute.py", "tasks/validate.py", "tasks/restore.py"),
+    "tasks/rolling.py",
+}
 FOREIGN_TO_THE_RECEIVER = {"prefect", "prefect_docker", "aiokafka", "sqlalchemy", "asyncpg", "aiosqlite"}
 FOREIGN_TO_FLOWS = {"sqlalchemy", "httpx", "docker", "sqlite3", "asyncpg", "aiokafka", "requests"}
 HOST_ENTRYPOINTS = ("flows.receive.receive_container", "flows.restore.restore_container")

@@ -21,6 +21,7 @@ from tests.bench.latency import POLLING
 from tests.bench.load import Load, measure_load
 from tests.bench.load import table as load_table
 from tests.e2e.deploying import BASE_IMAGE, FINAL, furnish, in_control, prefect_api, query, start_run
+from tests.labs import lab_on_postgresql
 
 HOSTS = tuple(f"host-{number}" for number in range(1, 9))
 LIMITS = (8, 3)

@@ -38,13 +38,17 @@ _FIXED = {
 }
 
 
+# Faults at the points of rolling deployments: those that end a process, or all of a host.
+_OF_ROLLING = ("kill_flow", "cancel", "kill_host_worker", "kill_receiver", "kill_engine", "reboot")
+
+
 def full() -> list[Cell]:
     """All cells."""
     found = []
     for fault in faults.BY_NAME.values():
         names = _FIXED.get(fault.name) or tuple(point.name for point in points.ALL)
         found += [cell(fault.name, name) for name in names]
-    return found
+    return [*found, *(cell(fault, point.name) for fault in _OF_ROLLING for point in points.ROLLING)]
 
 
 _REPRESENTATIVE = {
@@ -57,10 +61,14 @@ _REPRESENTATIVE = {
     "same_millisecond": (points.BEFORE_LOCK,),
     "kill_host_worker": (
         *("before deploy_container", "after engine stop", "before engine start", "before journal kept"),
+        "after proxy set_route",
     ),
-    "kill_receiver": ("mid upload_package", "before stop_existing_container"),
+    "kill_receiver": ("mid upload_package", "before stop_existing_container", "before proxy set_route"),
     "kill_engine": ("before engine create_container", "after engine stop"),
-    "reboot": ("before journal prepared", "after engine stop", "after journal validating"),
+    "reboot": (
+        *("before journal prepared", "after engine stop", "after journal validating"),
+        "after journal draining",
+    ),
     "cut_to_host": ("before send_deployment_request",),
     "cut_from_host": ("mid upload_package",),
     "cut_both_ways": ("before stop_existing_container",),

@@ -17,6 +17,7 @@ class Point:
     name: str
     side: Side
     is_rollback: bool = False
+    is_rolling: bool = False
 
     @property
     def is_fine(self) -> bool:
@@ -27,8 +28,9 @@ class Point:
         return self.name
 
 
-def _around(side: Side, *names: str, is_rollback: bool = False) -> list[Point]:
-    return [Point(f"{when} {name}", side, is_rollback) for name in names for when in ("before", "after")]
+def _around(side: Side, *names: str, is_rollback: bool = False, is_rolling: bool = False) -> list[Point]:
+    whens = ("before", "after")
+    return [Point(f"{when} {name}", side, is_rollback, is_rolling) for name in names for when in whens]
 
 
 # The twelve operations of the specification, the middle of the upload, and each change of the records.
@@ -55,8 +57,13 @@ ROLLBACK = (
     *_around("control", "record ROLLING_BACK", "record ROLLBACK_COMPLETED", is_rollback=True),
 )
 ALL = (*CONTROL, *HOST, *END, *ROLLBACK)
+# What a rolling deployment does that no other does, in a lane whose old version HAProxy serves.
+ROLLING = (
+    *_around("host", "switch_traffic", "journal moving", "proxy set_route", is_rolling=True),
+    *_around("host", "journal draining", "drain_existing_container", is_rolling=True),
+)
 BY_NAME = {
-    **{point.name: point for point in ALL},
+    **{point.name: point for point in (*ALL, *ROLLING)},
     THROUGHOUT: Point(THROUGHOUT, "control"),
     BEFORE_LOCK: Point(BEFORE_LOCK, "control"),
 }

@@ -33,6 +33,7 @@ def run_round(
     Without `follow_up` the next cell of the lane is the deployment that has to be possible afterwards.
     """
     began = time.monotonic()
+    _choose_strategies(lanes, cells)
     _serve_old_versions(lanes)
     attempts = [_begin(cell, lane) for cell, lane in zip(cells, lanes, strict=False)]
     try:
@@ -56,6 +57,13 @@ def run_round(
 
 
 # -- before ----------------------------------------------------------------------------------------
+
+
+def _choose_strategies(lanes: Sequence[Lane], cells: Sequence[Cell]) -> None:
+    """A lane whose old version was deployed by another strategy than the cell's is served anew."""
+    for cell, lane in zip(cells, lanes, strict=False):
+        if cell.point.is_rolling is not lane.is_rolling:
+            lane.is_rolling, lane.serving = cell.point.is_rolling, None
 
 
 def _serve_old_versions(lanes: Sequence[Lane]) -> None:

@@ -27,6 +27,7 @@ from receiver.contract import (
 from receiver.engine import Engine
 from receiver.ledger import Ledger
 from receiver.operations import Host, Operations
+from receiver.rolling import RollingOperations
 from tests.services import require_service
 
 BASE_IMAGE = "gantry-host-test-base:latest"
@@ -40,6 +41,11 @@ STEPS = (
     "verify_service_registration",
     "keep",
     "retire",
+)
+ROLLING_STEPS = (
+    *("deploy_container", "start_container", "check_container_status", "validate_health_endpoint"),
+    *("verify_service_registration", "switch_traffic", "drain_existing_container"),
+    *("stop_existing_container", "keep", "retire"),
 )
 # SIGKILL as stop signal: no test waits for a grace that it does not ask for.
 _BASE = """FROM scratch
@@ -58,8 +64,9 @@ async def take(operations: Operations, step: str) -> None:
 
 
 async def take_up_to(operations: Operations, last: str) -> None:
-    """All steps up to and with `last`."""
-    for step in STEPS[: STEPS.index(last) + 1]:
+    """All steps up to and with `last`, in the order of the deployment's strategy."""
+    steps = ROLLING_STEPS if isinstance(operations, RollingOperations) else STEPS
+    for step in steps[: steps.index(last) + 1]:
         await take(operations, step)
 
 

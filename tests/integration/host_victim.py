@@ -31,6 +31,11 @@ POINTS = (
     "move to validating",
     "move to kept",
 )
+# The same for a rolling deployment, where the new container starts beside the old one.
+ROLLING_POINTS = (
+    *("create_container", "start", "move to validating", "move to moving", "rename"),
+    *("move to draining", "set_restart_policy", "stop", "move to kept"),
+)
 _ENGINE_CALLS = ("tag_image", "create_container", "set_restart_policy", "stop", "rename", "start")
 _processes = get_context("forkserver")
 

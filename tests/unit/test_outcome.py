@@ -37,7 +37,10 @@ from tasks.workflow import as_failure
 
 BEGAN = datetime(2026, 11, 23, 12, 0, tzinfo=UTC)
 WAITING = {HostState.RECEIVING, HostState.READY}
-WORKING = {HostState.PREPARED, HostState.SWITCHING, HostState.VALIDATING}
+WORKING = {
+    *(HostState.PREPARED, HostState.SWITCHING, HostState.VALIDATING),
+    *(HostState.MOVING, HostState.DRAINING),
+}
 UNDONE = {HostState.RESTORED, HostState.ABORTED, HostState.REJECTED}
 
 

@@ -111,6 +111,23 @@ def _operations(module: ModuleType) -> None:
         setattr(module.Operations, name, _told_operation(name, getattr(module.Operations, name)))
 
 
+def _rolling(module: ModuleType) -> None:
+    for name in ("start_container", "switch_traffic", "drain_existing_container", "stop_existing_container"):
+        steps = module.RollingOperations
+        setattr(steps, name, _told_operation(name, getattr(steps, name)))
+
+
+def _proxies(module: ModuleType) -> None:
+    set_route = module.Proxy.set_route
+
+    def told(self: Any, route: Any) -> None:
+        arrive("before proxy set_route", lambda: str(route.service))
+        set_route(self, route)
+        arrive("after proxy set_route", lambda: str(route.service))
+
+    module.Proxy.set_route = told
+
+
 def _told_operation(name: str, operation: Any) -> Any:
     async def told(self: Any, *args: Any) -> Any:
         def container() -> str:
@@ -162,6 +179,8 @@ _WRAPPERS: dict[str, Callable[[ModuleType], None]] = {
     "blocks.receiver_client": _uploads,
     "blocks.package_stream": _streams,
     "receiver.operations": _operations,
+    "receiver.rolling": _rolling,
+    "receiver.proxy": _proxies,
     "receiver.ledger": _ledgers,
     "receiver.engine": _engines,
 }

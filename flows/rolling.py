@@ -1,0 +1,79 @@
+"""`rolling-update`: a new version takes the old one's place without a lost request.
+
+The specification's example 3. The work is that of `deploy-container` with strategy `rolling`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import State, flow
+from prefect.runtime import flow_run
+from prefect.states import Failed
+
+from flows.deploy import deploy_container
+from receiver.contract import (
+    DEFAULT_PORT,
+    ContainerName,
+    DeploymentConfig,
+    HealthCheckConfig,
+    ImageTag,
+    Port,
+    Transport,
+)
+from tasks import versions
+from tasks.parameters import BuildOptions, RemoteHostName, StageTimeoutMs, WaitSeconds, rolling
+from tasks.wording import on_host
+
+
+def _run_name() -> str:
+    asked = flow_run.parameters
+    what = f"{asked['container_name']}:{asked.get('image_tag', 'latest')}"
+    return f"roll {on_host(what, asked['remote_host'])}"
+
+
+@flow(name="rolling-update", flow_run_name=_run_name)
+async def rolling_update(
+    container_name: ContainerName,
+    remote_host: RemoteHostName,
+    image_tag: ImageTag = "latest",
+    remote_port: Port = DEFAULT_PORT,
+    deployment_config: DeploymentConfig = DeploymentConfig(),  # noqa: B008 - frozen
+    build_options: BuildOptions = BuildOptions(),  # noqa: B008 - frozen
+    health_check_config: HealthCheckConfig = HealthCheckConfig(),  # noqa: B008 - frozen
+    rollback_on_failure: bool = True,
+    deployment_timeout_ms: StageTimeoutMs | None = None,
+    wait_seconds: WaitSeconds = 0,
+    transport: Transport = Transport.HTTP,
+) -> dict[str, Any] | State[Any]:
+    """Start the new version beside the old one, prove it, move the traffic, and stop the old one when idle.
+
+    Returns `success`, `old_version` and `new_version` (image tags), and the `deployment`. A run that did not
+    reach its aim ends Failed with the cause in one line; then the old version serves. Refuses a
+    service that cannot run twice side by side before any work.
+    """
+    config = rolling(deployment_config)
+    old_version = await versions.running_version(remote_host, remote_port, container_name)
+    state: State[Any] = await deploy_container(
+        container_name=container_name,
+        remote_host=remote_host,
+        image_tag=image_tag,
+        remote_port=remote_port,
+        deployment_config=config,
+        build_options=build_options,
+        health_check_config=health_check_config,
+        rollback_on_failure=rollback_on_failure,
+        deployment_timeout_ms=deployment_timeout_ms,
+        wait_seconds=wait_seconds,
+        transport=transport,
+        return_state=True,
+    )
+    if not state.is_completed():
+        return Failed(message=state.message)
+    deployment = await state.aresult()
+    return {
+        "success": True,
+        "old_version": old_version,
+        "new_version": image_tag,
+        "deployment": deployment.model_dump(mode="json"),
+    }

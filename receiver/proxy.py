@@ -1,0 +1,361 @@
+"""HAProxy on the host: started and kept, told which container serves, asked whether an old one is idle.
+
+Routes are written to disk before HAProxy is told, so that they outlive it. Whoever changes one holds the
+proxy's lock; only the daemon starts HAProxy (`Keeper`), which outlives the daemon. Imports no Docker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from receiver import proxy_socket
+from receiver.proxy_socket import Master, ProxySilent
+from receiver.proxy_socket import ProxyFailed as ProxyFailed
+from receiver.routes import SLOTS, Bind, Route, Routes, Slot, configuration, digest, port_of
+from receiver.settings import ReceiverSettings
+
+log = logging.getLogger(__name__)
+PATIENCE_SECONDS = 10.0
+CLOSING_SECONDS = 5.0
+_MASTER_SECONDS = 5.0
+_PAUSE_SECONDS = 0.02
+_IDLE_PAUSE_SECONDS = 0.1
+_PROGRAM_SECONDS = 20
+
+
+class ProxyMissing(ProxyFailed):
+    """There is no HAProxy on this host"""
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """The host's HAProxy, reached by its sockets in the state folder. Blocking."""
+
+    settings: ReceiverSettings
+
+    @property
+    def folder(self) -> Path:
+        """Routes, configuration and sockets."""
+        return self.settings.proxy_dir
+
+    @property
+    def _runtime(self) -> Path:
+        return self.folder / "run.sock"
+
+    @property
+    def _master(self) -> Path:
+        return self.folder / "master.sock"
+
+    def program(self) -> str:
+        """The program's path; raises `ProxyMissing`."""
+        path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin"
+        found = shutil.which(self.settings.haproxy, path=path)
+        if found is None:
+            raise ProxyMissing(
+                f"strategy rolling needs HAProxy, and {self.settings.haproxy!r} is not on this host: "
+                "apt-get install haproxy (or set HOOK_RECEIVER_HAPROXY), or set strategy_fallback: recreate"
+            )
+        return found
+
+    @property
+    def is_there(self) -> bool:
+        """True when the program is installed."""
+        try:
+            return bool(self.program())
+        except ProxyMissing:
+            return False
+
+    # -- routes ----------------------------------------------------------------------------------
+
+    def routes(self) -> Routes:
+        """What is written down."""
+        try:
+            return Routes.model_validate_json((self.folder / "routes.json").read_bytes())
+        except FileNotFoundError:
+            return Routes()
+        except ValidationError as exc:
+            raise ProxyFailed(f"{self.folder / 'routes.json'} is damaged; restore or remove it") from exc
+
+    def route(self, service: str) -> Route | None:
+        """The route of a service, or None."""
+        return self.routes().of(service)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process changes routes, or chooses loopback ports, at a time."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def check(self, route: Route) -> None:
+        """Raise `ProxyFailed` unless HAProxy would take this route; changes nothing."""
+        self.program()
+        routes = self.routes()
+        if rival := routes.rival(route):
+            raise ProxyFailed(
+                f"service {rival.service} has host port {rival.binds[0].host_port} in the proxy; choose "
+                "another host_port, or give both services a hostname and either both or neither HTTPS"
+            )
+        trial = self.folder / f"trial-{os.getpid()}-{route.service}.cfg"
+        try:
+            _write(trial, self._text(routes.having(route)))
+            self._run("-c", "-f", str(trial))
+        finally:
+            trial.unlink(missing_ok=True)
+
+    def set_route(self, route: Route) -> None:
+        """Write a route down and have HAProxy follow it; the same again changes nothing."""
+        with self.alone():
+            self._follow(self.routes().having(route))
+            self._tell(route)  # also when it was written down before: that process may have died then
+
+    def remove_route(self, service: str) -> None:
+        """Give a service's public ports back; a service without a route is fine."""
+        with self.alone():
+            routes = self.routes()
+            route = routes.of(service)
+            if route is None:
+                return
+            if self._is_alive():
+                self._follow(routes.without(service))
+                _wait_until_free(route.binds)
+            else:
+                self._write_down(routes.without(service))
+
+    def _follow(self, wanted: Routes) -> None:
+        before = self.routes()
+        self._write_down(wanted)
+        try:
+            self._have_read(digest(wanted))
+        except ProxyFailed:
+            self._write_down(before)  # what HAProxy still does
+            raise
+
+    def _write_down(self, routes: Routes) -> None:
+        """The configuration last: what HAProxy reads is never ahead of the routes."""
+        _write(self.folder / "routes.json", routes.model_dump_json(indent=1))
+        _write(self.folder / "haproxy.cfg", self._text(routes))
+
+    def _text(self, routes: Routes) -> str:
+        return configuration(routes, str(self._runtime), ipv6=_has_ipv6())
+
+    def _have_read(self, wanted: str) -> None:
+        """Return when HAProxy runs the configuration of this digest, which takes a reload at most."""
+        deadline, reload = time.monotonic() + PATIENCE_SECONDS, _Reload(self._master)
+        while (read := proxy_socket.description(self._runtime)) != wanted:
+            if read is not None:  # else it is being started, by the daemon
+                reload.see_to(proxy_socket.master(self._ask_master("show proc")))
+            if time.monotonic() > deadline:
+                raise ProxyFailed(
+                    "HAProxy does not answer; the receiver starts it: see that receiver and HAProxy run"
+                )
+            time.sleep(_PAUSE_SECONDS)
+
+    def _ask_master(self, command: str) -> str:
+        """It is silent for a moment while it reads its configuration again."""
+        deadline = time.monotonic() + _MASTER_SECONDS
+        while True:
+            try:
+                return proxy_socket.ask(self._master, command)
+            except ProxySilent:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE_SECONDS)
+
+    def _tell(self, route: Route) -> None:
+        """First what takes requests, then what no longer does: no moment without a server."""
+        rest: list[Slot] = [slot for slot in SLOTS if slot != route.active]
+        for bind in route.binds:
+            for slot in (route.active, *rest):
+                self._tell_server(route, slot, bind)
+
+    def _tell_server(self, route: Route, slot: Slot, bind: Bind) -> None:
+        server, port = f"{route.backend(bind)}/{slot}", port_of(route, slot, bind)
+        is_active = slot == route.active and route.target(slot) is not None
+        state = "ready" if is_active else "drain" if route.target(slot) else "maint"
+        found = proxy_socket.server_states(self._runtime, route.backend(bind)).get(slot)
+        if found is None or found.port != port:
+            proxy_socket.ask(self._runtime, f"set server {server} addr 127.0.0.1 port {port}")
+        proxy_socket.ask(self._runtime, f"set server {server} state {state}")
+        found = proxy_socket.server_states(self._runtime, route.backend(bind)).get(slot)
+        if found is None or (found.port, found.takes_requests) != (port, is_active):
+            raise ProxyFailed(f"HAProxy did not take {server} to port {port}, {state}: it has {found}")
+
+    # -- draining --------------------------------------------------------------------------------
+
+    def busy(self, route: Route, slot: Slot) -> int:
+        """Requests and streams in flight to a slot, those of workers that are leaving as well."""
+        leaving = proxy_socket.master(self._ask_master("show proc")).leaving
+        answers = [
+            proxy_socket.ask(self._runtime, "show stat -1 4 -1"),
+            *(self._ask_master(f"@!{pid} show stat -1 4 -1") for pid in leaving),
+        ]
+        told = [proxy_socket.sessions(answer) for answer in answers]
+        return sum(counts.get((route.backend(bind), slot), 0) for counts in told for bind in route.binds)
+
+    def drain(self, route: Route, slot: Slot, limit_seconds: float) -> int:
+        """Wait until a slot is idle, at the limit close what is left; returns how many were closed.
+
+        Raises `ProxyFailed` when the slot is busy even then.
+        """
+        if self._idle_within(route, slot, limit_seconds):
+            return 0
+        left = self.busy(route, slot)
+        self._close(route, slot)
+        if not self._idle_within(route, slot, CLOSING_SECONDS):
+            raise ProxyFailed(f"{self.busy(route, slot)} requests to the old version do not end")
+        return left
+
+    def _idle_within(self, route: Route, slot: Slot, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.busy(route, slot):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_IDLE_PAUSE_SECONDS)
+        return True
+
+    def _close(self, route: Route, slot: Slot) -> None:
+        for bind in route.binds:
+            command = f"shutdown sessions server {route.backend(bind)}/{slot}"
+            proxy_socket.ask(self._runtime, command)
+            for pid in proxy_socket.master(self._ask_master("show proc")).leaving:
+                self._ask_master(f"@!{pid} {command}")
+
+    # -- the process -----------------------------------------------------------------------------
+
+    def keep_running(self) -> bool:
+        """Start HAProxy when there are routes and it does not answer; True when it was started.
+
+        For the daemon alone: two starters would give two HAProxys the same ports.
+        """
+        config = self.folder / "haproxy.cfg"
+        if not config.exists():
+            return False
+        if self._is_alive():
+            self._catch_up()
+            return False
+        self._run("-W", "-D", "-S", f"{self._master},mode,600", "-f", str(config), "-p", str(self._pid_file))
+        return True
+
+    def _catch_up(self) -> None:
+        """Reload where a process died between writing a route down and telling HAProxy of it."""
+        with self.alone():
+            wanted = digest(self.routes())
+            if proxy_socket.description(self._runtime) not in {wanted, None}:
+                self._have_read(wanted)
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.folder / "haproxy.pid"
+
+    def _is_alive(self) -> bool:
+        """By its process: its sockets are silent for a moment while it reads its configuration again."""
+        try:
+            pid = int(self._pid_file.read_text())
+            command = Path("/proc", str(pid), "cmdline").read_bytes()
+        except (OSError, ValueError):
+            return False
+        return str(self.folder / "haproxy.cfg").encode() in command.split(b"\0")
+
+    def _run(self, *arguments: str) -> None:
+        """Run the program to its end, or until it has put itself into the background."""
+        said = self.folder / f"said-{os.getpid()}-{time.monotonic_ns()}"
+        try:
+            with said.open("w+") as file:
+                done = subprocess.run(
+                    [self.program(), *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    cwd="/",
+                    timeout=_PROGRAM_SECONDS,
+                    start_new_session=True,
+                    check=False,
+                )
+                if done.returncode:
+                    raise ProxyFailed(f"HAProxy refuses its configuration: {_alerts(said.read_text())}")
+        finally:
+            said.unlink(missing_ok=True)
+
+
+@dataclass
+class _Reload:
+    """One reload, asked for until the master counts it: its answer may be lost, since it starts anew."""
+
+    path: Path
+    before: Master | None = None
+    asked_at: float = 0.0
+
+    def see_to(self, now: Master) -> None:
+        """Ask, or see what became of it; raises `ProxyFailed` when HAProxy could not do it."""
+        self.before = self.before or now
+        if now.failed > self.before.failed:
+            raise ProxyFailed(
+                "HAProxy cannot take the public ports: something else holds one (ss -lntp), "
+                "or a port below 1024 needs CAP_NET_BIND_SERVICE"
+            )
+        if now.reloads == self.before.reloads and time.monotonic() - self.asked_at > _MASTER_SECONDS:
+            self.asked_at = time.monotonic()
+            with contextlib.suppress(ProxySilent):
+                proxy_socket.ask(self.path, "reload")
+
+
+def _alerts(said: str) -> str:
+    found = re.findall(r"\[ALERT\]\s+\(\d+\) : (.*)", said)
+    return "; ".join(line.removeprefix("config : ") for line in found[:2]) or said[-300:]
+
+
+def _wait_until_free(binds: Iterable[Bind]) -> None:
+    """The worker that leaves lets go of its ports a moment after the new one is there."""
+    deadline = time.monotonic() + CLOSING_SECONDS
+    while any(map(_is_held, binds)) and time.monotonic() < deadline:
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _is_held(bind: Bind) -> bool:
+    family = socket.AF_INET6 if bind.host_ip and ":" in bind.host_ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind.host_ip or "", bind.host_port))
+        except PermissionError:
+            return False
+        except OSError:
+            return True
+    return False
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all, also when the machine goes down."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
+    with fresh.open("w") as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def _has_ipv6() -> bool:
+    try:
+        return bool(Path("/proc/net/if_inet6").read_text().strip())
+    except OSError:
+        return False
