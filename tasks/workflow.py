@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from prefect.context import FlowRunContext
@@ -46,6 +47,8 @@ from tasks.states import STAGE_OF, Facts, StageResult, WorkflowRecord, WorkflowS
 
 if TYPE_CHECKING:
     from tasks.outbox import StepRelay
+
+T = TypeVar("T")
 
 HOST_PATIENCE_SECONDS = 20.0
 RECORDS_PATIENCE_SECONDS = 60.0
@@ -102,21 +105,34 @@ class Workflow:
             self.prefect_events.tell(Change(to_state, events, self.next_step))
 
     async def _advance_patiently(self, to_state: WorkflowState, facts: Facts) -> list[Event]:
-        deadline, trouble = time.monotonic() + RECORDS_PATIENCE_SECONDS, None
-        while True:
+        was_away = False
+
+        async def advance() -> list[Event]:
+            nonlocal was_away
             try:
                 return await self.records.advance(self.workflow_id, self.state, to_state, facts)
             except StateConflict as exc:
-                if trouble is not None and exc.actual is to_state:
+                if was_away and exc.actual is to_state:
                     return []  # it was written, only the answer was lost
                 raise
+            except (OSError, DBAPIError):
+                was_away = True
+                raise
+
+        return await self._patiently(advance, f"{self.state} -> {to_state} cannot be recorded")
+
+    async def _patiently(self, ask: Callable[[], Awaitable[T]], problem: str) -> T:
+        """What the records answer; a database that is away is asked again for a while."""
+        deadline = time.monotonic() + RECORDS_PATIENCE_SECONDS
+        while True:
+            try:
+                return await ask()
             except (OSError, DBAPIError) as exc:
                 if not is_away(exc):
                     raise
                 if time.monotonic() > deadline:
-                    raise RecordsUnreachable(f"{self.state} -> {to_state} cannot be recorded: {exc}") from exc
+                    raise RecordsUnreachable(f"{problem}: {exc}") from exc
                 get_run_logger().warning("the records are away, trying again: %s", exc, extra=self.identity)
-                trouble = exc
             await asyncio.sleep(1)
 
     def _wake_relay(self) -> None:
@@ -275,8 +291,10 @@ class Workflow:
         return replace(failed, operations=told.operations, gates=told.gates)
 
     async def record(self) -> WorkflowRecord:
-        """The workflow as the records have it."""
-        return await self.records.get(self.workflow_id)
+        """The workflow as the records have it; raises `RecordsUnreachable` when they stay away."""
+        return await self._patiently(
+            partial(self.records.get, self.workflow_id), "the workflow cannot be read"
+        )
 
     async def result(self) -> DeploymentResult:
         """The specification's result."""
