@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from receiver.settings import ReceiverSettings
 BACKOFF_MULTIPLIER = 1.2
 MAX_INTERVAL_SECONDS = 30.0
 _RECONNECT_SECONDS = 0.1
+_LOOKING_SECONDS = 0.05
 
 
 class ContainerUnwell(Exception):
@@ -92,6 +94,16 @@ async def ask_until_healthy(probe: Probe, observe: Callable[[HealthAttempt], Non
     raise ContainerUnwell(
         f"health endpoint {probe.url} failed {probe.max_retries} attempt(s); the last one said: {said}"
     )
+
+
+async def first_answer(probe: Probe) -> None:
+    """Return when the endpoint answers as expected; proves nothing, and is asked until it is cancelled."""
+    async with httpx.AsyncClient(trust_env=False, timeout=probe.timeout_seconds) as client:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if (await client.get(probe.url)).status_code == probe.expected_status_code:
+                    return
+            await asyncio.sleep(_LOOKING_SECONDS)
 
 
 async def _attempt(client: httpx.AsyncClient, probe: Probe, number: int, interval: float) -> HealthAttempt:

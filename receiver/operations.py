@@ -385,9 +385,20 @@ class Operations:
         self._entry_in(HostState.VALIDATING)
         async with self._step("check_container_status", Stage.VALIDATE), self._gated(gate):
             await self._check_running()
+            watch = asyncio.create_task(self._note_first_answer())
             await asyncio.sleep(self.entry.request.health_check_config.quiet_period_ms / 1000)
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
             await self._check_running()
         self.ledger.note(self.deployment_id, container_running=True)
+
+    async def _note_first_answer(self) -> None:
+        """The end of the interruption as clients see it, in the quiet time before the health check."""
+        url = await asyncio.to_thread(self._health_url)
+        if url is not None:
+            check = health.make_probe(self.entry.request.health_check_config, self.settings, url)
+            await health.first_answer(check)
+            self._note_interruption()
 
     async def _check_running(self) -> None:
         facts = self.entry.facts
@@ -438,7 +449,10 @@ class Operations:
         return f"http://{_bracketed(own)}:{check.port}{check.health_endpoint}" if own else None
 
     def _note_interruption(self) -> None:
+        """Once: from when the old container was told to stop."""
         undo = self.entry.undo
+        if self.entry.facts.service_interruption_ms is not None:
+            return
         if undo and undo.was_running and undo.stop_began_at:
             silence = utc_now() - datetime.fromisoformat(undo.stop_began_at)
             self.ledger.note(self.deployment_id, service_interruption_ms=int(silence.total_seconds() * 1000))

@@ -17,7 +17,7 @@ from typing import Any
 from docker.errors import APIError
 from docker.models.containers import Container
 
-from receiver.contract import DeploymentConfig, HostState, PortMapping, Stage
+from receiver.contract import LABEL_DEPLOYMENT, DeploymentConfig, HostState, PortMapping, Stage
 from receiver.engine import LOOPBACK
 from receiver.ledger import Entry, Undo, utc_now
 from receiver.operations import (
@@ -181,10 +181,17 @@ class RollingOperations(Operations):
             await self._in_turn(self._stop_previous)
 
     def _stop_previous(self) -> None:
+        """The old one; and any other of this name that a deployment without rollback left running."""
         entry = self._entry_in(S.DRAINING)
-        if entry.undo and (previous := entry.undo.previous_container_id):
-            self.engine.set_restart_policy(previous, _NEVER)
-            self.engine.stop(previous, self._config.stop_timeout_seconds)
+        others = {
+            str(made.id)
+            for made in self.engine.containers_of(entry.request.container_name)
+            if made.attrs["State"]["Running"] and LABEL_DEPLOYMENT in made.labels
+        }
+        previous = entry.undo.previous_container_id if entry.undo else None
+        for other in ({previous} if previous else set()) | others - {entry.facts.container_id}:
+            self.engine.set_restart_policy(other, _NEVER)
+            self.engine.stop(other, self._config.stop_timeout_seconds)
 
     async def keep(self) -> None:
         """The new container is proven and serves alone: it stays."""

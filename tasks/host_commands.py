@@ -235,6 +235,11 @@ elif [ -x "$python" ]; then
     (cd "$prefix/home" && runuser -u "$user" -- env -i PATH="$PATH" HOME="$prefix/home" \
         "$python" -m deployments.supervisor stop "$prefix" >/dev/null)
 fi
+for file in "$prefix"/*/proxy/haproxy.pid; do  # it outlives the receiver, which started it
+    if [ -f "$file" ] && [ "$(cat "/proc/$(cat "$file")/comm" 2>/dev/null)" = haproxy ]; then
+        kill "$(cat "$file")"
+    fi
+done
 [ "$made_user" = no ] || ! getent passwd "$user" >/dev/null || {
     for _ in 1 2 3 4 5 6 7 8 9; do userdel "$user" 2>/dev/null && break || sleep 1; done
     ! getent passwd "$user" >/dev/null || userdel "$user"

@@ -77,6 +77,13 @@ def commands(layout: Layout, name: str, pool: str) -> dict[str, list[str]]:
     return {service: [layout.python, *arguments[service]] for service in SERVICES}
 
 
+# The receiver starts HAProxy, which goes on while the receiver is restarted, and takes ports such as 443.
+_OF_HAPROXY = """\
+KillMode=process
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+"""
+
+
 def unit(layout: Layout, service: str, command: Sequence[str]) -> str:
     """A systemd unit. Nothing that is told here needs quoting: paths and names are checked before."""
     after = f"network-online.target docker.service {'' if service == 'receiver' else layout.unit('receiver')}"
@@ -98,7 +105,7 @@ Restart=always
 RestartSec=2
 TimeoutStopSec=45
 NoNewPrivileges=yes
-
+{_OF_HAPROXY if service == "receiver" else ""}
 [Install]
 WantedBy=multi-user.target
 """

@@ -6,9 +6,15 @@ python -m tests.integration.rolling_host SCENARIO STATE_FOLDER DOCKER_SOCKET
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import signal
+import statistics
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -139,6 +145,65 @@ async def killed(rig: Rig) -> None:
         assert rig.names(name) == [name], point
 
 
+async def measured(rig: Rig, updates: int) -> None:
+    """Updates by both strategies under load; prints what `tests.bench.rolling` reads."""
+    found = [await _series(rig, strategy, updates) for strategy in ("rolling", "recreate")]
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+async def _series(rig: Rig, strategy: str, updates: int) -> dict[str, Any]:
+    name, port, seconds, silent_ms = f"measured-{strategy}", 18981, [], []
+    await deploy(rig, name, "v0", port, strategy=strategy)
+    with load("127.0.0.1", port, SLOW) as outcome, wrk(port) as told:
+        for number in range(1, updates + 1):
+            began = time.monotonic()
+            if strategy == "rolling" and number % 5 == 0:
+                await _there_and_back(rig, name, port)
+                continue
+            made = await deploy(rig, name, f"v{number % 3}", port, strategy=strategy)
+            seconds.append(time.monotonic() - began)
+            silent_ms.append(made.entry.facts.service_interruption_ms or 0)
+    last = rig.docker.containers.get(name)
+    Proxy(rig.host.settings).remove_route(name)
+    last.remove(force=True)
+    return {
+        "strategy": strategy,
+        "updates": updates,
+        "rollbacks": updates - len(seconds),
+        "requests": outcome.requests,
+        "failures": len(outcome.failures),
+        "wrk_requests": told[0],
+        "wrk_failures": told[1],
+        "silent_seconds": statistics.median(silent_ms) / 1000,
+        "update_seconds": statistics.median(seconds),
+    }
+
+
+async def _there_and_back(rig: Rig, name: str, port: int) -> None:
+    made = announce(rig, name, "v4", port)
+    with rig.host.hold(made.deployment_id):
+        await take_up_to(made, "switch_traffic")
+        await made.restore()
+
+
+@contextmanager
+def wrk(port: int) -> Iterator[list[int]]:
+    """Sixteen kept connections until the block ends; then the list holds requests and failures."""
+    command = ["wrk", "-t1", "-c16", "-d9999s", "--timeout", "10s", f"http://127.0.0.1:{port}/"]
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    told: list[int] = []
+    try:
+        yield told
+    finally:
+        client.send_signal(signal.SIGINT)
+        said, _ = client.communicate(timeout=20)
+        errors = re.search(r"connect (\d+), read (\d+), write (\d+), timeout (\d+)", said)
+        others = re.search(r"Non-2xx or 3xx responses: (\d+)", said)
+        requests = re.search(r"(\d+) requests in", said)
+        failed = sum(map(int, errors.groups())) if errors else 0
+        told += [int(requests[1]) if requests else 0, failed + (int(others[1]) if others else 0)]
+
+
 @contextmanager
 def kept_proxy(rig: Rig) -> Iterator[None]:
     """HAProxy is started when it is needed, as the daemon does it."""
@@ -157,17 +222,19 @@ def kept_proxy(rig: Rig) -> Iterator[None]:
         keeper.join()
 
 
-def main(scenario: str, state_dir: str, docker_socket: str) -> None:
+def main(scenario: str, state_dir: str, docker_socket: str, *numbers: str) -> None:
     """Run a scenario; an assertion that fails ends the process with its text."""
     operations.RESTORED_QUIET_SECONDS = 0.2
     host = open_host(Path(state_dir), Path(docker_socket))
     docker = DockerClient(base_url=f"unix://{docker_socket}")
     rig = Rig(cast("Node", None), docker, host)
     with kept_proxy(rig):
-        asyncio.run(SCENARIOS[scenario](rig))
+        asyncio.run(SCENARIOS[scenario](rig, *map(int, numbers)))
 
 
-SCENARIOS = {each.__name__: each for each in (updates, undone_recreate, broken, killed)}
+SCENARIOS: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
+    each.__name__: each for each in (updates, undone_recreate, broken, killed, measured)
+}
 
 if __name__ == "__main__":
     main(*sys.argv[1:])

@@ -167,6 +167,7 @@ def move_to(state: HostState, mark: int) -> Move:
         S.PREPARED: Move(S.PREPARED, {"image_id": f"image-{mark}", "container_id": container}),
         S.SWITCHING: Move(S.SWITCHING, {"previous_container_id": previous}, undo),
         S.VALIDATING: Move(S.VALIDATING, {"container_started_at": container, "host_port": mark}),
+        S.MOVING: Move(S.MOVING, {"previous_container_id": previous}, undo),
         S.KEPT: Move(S.KEPT, {"log_tail": f"tail {mark}"}),
         S.FAILED: Move(S.FAILED, {"log_tail": f"tail {mark}"}, None, ErrorCode.TIMEOUT, f"error {mark}"),
         S.RESTORED: Move(S.RESTORED, {"previous_container_restored": True, "rollback_duration_ms": mark}),
@@ -315,7 +316,7 @@ class DyingProcesses(RuleBasedStateMachine):
         if not NEXT[before.state]:
             assert (self.found.state, self.found.undo) == (before.state, before.undo)
         self.rounds_settled += before.state.settled
-        if self.rounds_settled == ROUNDS_SETTLED:
+        if self.rounds_settled >= ROUNDS_SETTLED and self.found.state.settled:  # a restore may be tried again
             self.settled[self.deployment_id] = self.found
             self.begin()
 
@@ -374,9 +375,9 @@ class DyingProcesses(RuleBasedStateMachine):
     @invariant()
     def what_undoes_it_is_there_before_it_is_needed(self) -> None:
         facts, undo = self.found.facts, self.found.undo
-        if self.found.state in {S.PREPARED, S.SWITCHING, S.VALIDATING, S.KEPT}:
+        if self.found.state in {*_BEGUN, S.MOVING, S.DRAINING, S.KEPT} - {S.READY}:
             assert facts.container_id is not None
-        if self.found.state in {S.SWITCHING, S.VALIDATING, S.KEPT}:
+        if self.found.state in {S.SWITCHING, S.MOVING, S.DRAINING}:
             assert undo.previous_container_id is not None
         assert facts.previous_container_id == undo.previous_container_id
         assert (undo.restart_policy is None) == (undo.previous_container_id is None)
