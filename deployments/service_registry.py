@@ -67,7 +67,10 @@ def deployments_of(service: Service, working_dir: Path) -> Iterator[FlowDeployme
             "parameters": parameters,
             "description": service.file.description or f"Deploy {parameters['container_name']} to {host}.",
             "tags": [TAG, *service.file.tags],
-            "job_variables": {"working_dir": str(working_dir), "command": run_command(sys.executable)},
+            "job_variables": {
+                "working_dir": str(working_dir),
+                "command": run_command(sys.executable, "flows.deploy"),
+            },
             **_when(service.file),
         }
         yield FlowDeployment(_ENTRYPOINT, name, CONTROL_POOL, settings)

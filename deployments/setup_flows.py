@@ -49,7 +49,7 @@ class FlowDeployment:
 
 def this_python() -> dict[str, str]:
     """A build step of `prefect.yaml`: the command that starts a run with the interpreter that deploys."""
-    return {"command": run_command(sys.executable)}
+    return {"command": run_command(sys.executable, "flows.deploy")}
 
 
 def project_file() -> Path:

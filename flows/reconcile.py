@@ -13,7 +13,7 @@ from prefect.runtime import flow_run
 from blocks.receiver_client import ReceiverError
 from flows import ending
 from receiver.contract import ContainerName
-from tasks import interrupted
+from tasks import forgotten, interrupted
 from tasks.errors import RemoteEndpointUnreachable
 from tasks.parameters import RemoteHostName
 from tasks.workflow import Workflow
@@ -35,14 +35,16 @@ async def reconcile(
 ) -> dict[str, list[str]]:
     """End workflows whose run died: completed, rolled back or failed, by what the host says.
 
-    All of them, or those named. Returns their ids as `ended`, `waiting` (the host is silent, or not done)
-    and `alive` (their run goes on). Safe at any time, and twice at once.
+    All of them, or those named; hosts then drop what they hold for workflows that have failed. Returns
+    their ids as `ended`, `waiting` (the host is silent, or not done) and `alive` (their run goes on). Safe
+    at any time, and twice at once.
     """
     found: dict[str, list[str]] = {"ended": [], "waiting": [], "alive": []}
     async with interrupted.open_records() as records:
         for record in await interrupted.unfinished(records, workflow_id, container_name, remote_host):
             async with interrupted.taken_over(records, record) as workflow:
                 found[await _settle(workflow)].append(record.workflow_id)
+        await forgotten.give_up_forgotten(records)
     get_run_logger().info("%s", ", ".join(f"{len(ids)} {kind}" for kind, ids in found.items()))
     return found
 

@@ -488,16 +488,18 @@ class Operations:
                     rollback_duration_ms=int((time.monotonic() - began) * 1000),
                 )
                 raise RestoreFailed(cause) from exc
+        duration_ms = int((time.monotonic() - began) * 1000)
+        # Before it is written down, so that the guardian does it again if this process dies here.
+        self.package_path().unlink(missing_ok=True)
+        with contextlib.suppress(APIError):
+            await asyncio.to_thread(self._drop_failed_image)
         self.ledger.move(
             self.deployment_id,
             HostState.RESTORED,
             previous_container_restored=restored,
             container_running=False,
-            rollback_duration_ms=int((time.monotonic() - began) * 1000),
+            rollback_duration_ms=duration_ms,
         )
-        self.package_path().unlink(missing_ok=True)
-        with contextlib.suppress(APIError, requests.exceptions.RequestException):
-            await asyncio.to_thread(self._drop_failed_image)
 
     async def _undo_patiently(self, undo: Undo) -> bool:
         """An engine that is shutting down, or busy, answers 5xx for a moment."""

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
@@ -21,7 +21,7 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
     FlowRunFilterTags,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import TagsContext, TaskRunContext
 from prefect.deployments import run_deployment
@@ -183,16 +183,14 @@ async def run_trouble(host: RemoteHost, flow_run_id: UUID, idle_seconds: float) 
     """Why an idle host will stay idle: its run has ended or died, or nobody took it in time."""
     async with get_client() as client:
         run = await client.read_flow_run(flow_run_id)
-    if run.state is None or run.state.is_final():
+        is_over = run.state is None or run.state.is_final()
+        if idle_seconds > START_DEADLINE_SECONDS and run.start_time is None and not is_over:
+            return await _not_taken(client, host.work_pool_name, run)
+    if run.state is None or is_over:
         message = (run.state.message or run.state.name) if run.state else "it has no state"
         return DeploymentFailed(
             f"the run on the host ended before it began to work: {message}",
             next_step=f"Read the log of flow run {flow_run_id}.",
-        )
-    if idle_seconds > START_DEADLINE_SECONDS and run.start_time is None:
-        return DeploymentFailed(
-            f"no worker of pool {host.work_pool_name!r} took the run in {START_DEADLINE_SECONDS:.0f} s",
-            next_step=f"On the host: prefect worker start --pool {host.work_pool_name} --type process",
         )
     running_seconds = run.estimated_run_time.total_seconds()
     if min(idle_seconds, running_seconds) > DEAD_AFTER_SECONDS:
@@ -202,6 +200,24 @@ async def run_trouble(host: RemoteHost, flow_run_id: UUID, idle_seconds: float) 
             next_step=f"Read the log of the host's worker and of flow run {flow_run_id}, then deploy again.",
         )
     return None
+
+
+async def _not_taken(client: PrefectClient, pool: str, run: FlowRun) -> DeploymentFailed:
+    waited = f"{START_DEADLINE_SECONDS:.0f} s"
+    if run.state is not None and run.state.is_pending():
+        return DeploymentFailed(
+            f"a worker of pool {pool!r} took the run, but did not begin it in {waited}",
+            next_step="Read the log of the host's worker, then deploy again.",
+        )
+    if (await client.read_work_pool(pool)).is_paused:
+        return DeploymentFailed(
+            f"the work pool {pool!r} is paused, so that no worker took the run in {waited}",
+            next_step=f"prefect work-pool resume {pool}, then deploy again.",
+        )
+    return DeploymentFailed(
+        f"no worker of pool {pool!r} took the run in {waited}",
+        next_step=f"On the host: prefect worker start --pool {pool} --type process",
+    )
 
 
 async def last_status(

@@ -286,6 +286,13 @@ class Records:
             query = query.where(WORKFLOWS.c.current_state.in_(sorted(UNENDED)))
         return [_record_of(row, "") for row in await self._rows(query)]
 
+    async def failed_since(self, moment: datetime) -> list[WorkflowRecord]:
+        """Workflows that ended as FAILED at `moment` or later."""
+        query = select(WORKFLOWS).where(
+            WORKFLOWS.c.completed_at >= moment, WORKFLOWS.c.current_state == WorkflowState.FAILED
+        )
+        return [_record_of(row, "") for row in await self._rows(query)]
+
     async def of_deployments(self, deployment_ids: Iterable[str]) -> dict[str, WorkflowRecord]:
         """Workflows by the host's deployment id; those that are not recorded are left out."""
         query = select(WORKFLOWS).where(WORKFLOWS.c.deployment_id.in_(list(deployment_ids)))

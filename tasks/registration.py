@@ -30,14 +30,17 @@ async def ensure_work_pool(name: str) -> WorkPool:
             return await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
 
 
-def run_command(python: str) -> str:
-    """What a worker starts a flow run with; a worker that is not told starts another process first."""
-    return command_to_string([python, "-m", "prefect.engine"])
+def run_command(python: str, module: str) -> str:
+    """What a worker starts a flow run with: a copy of a process that has imported `module` already.
+
+    A worker that is not told starts two processes for each run, and both import Prefect.
+    """
+    return command_to_string([python, "-m", "tasks.warm_start", module])
 
 
 def host_variables(host: RemoteHost) -> dict[str, str]:
     """Job variables of what the host's worker runs."""
-    return {"command": run_command(host.worker_python)} if host.worker_python else {}
+    return {"command": run_command(host.worker_python, "flows.receive")} if host.worker_python else {}
 
 
 async def register_flow(flow: Flow[Any, Any], name: str, pool: str, variables: dict[str, str]) -> None:

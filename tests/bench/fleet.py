@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from deployments.lab import Lab
-from tests.bench.latency import POLLING, lab_on_postgresql
+from tests.bench.latency import POLLING
 from tests.bench.load import Load, measure_load
 from tests.bench.load import table as load_table
 from tests.e2e.deploying import BASE_IMAGE, FINAL, furnish, in_control, prefect_api, query, start_run
+from tests.labs import lab_on_postgresql
 
 HOSTS = tuple(f"host-{number}" for number in range(1, 9))
 LIMITS = (8, 3)
@@ -42,7 +43,7 @@ class Trial:
 
 def measure(runs: int) -> tuple[list[Trial], Load]:
     """One host and all hosts in turn, `runs` times, then once under a lower limit; then the load."""
-    with lab_on_postgresql(HOSTS, POLLING) as (lab, cluster):
+    with lab_on_postgresql(HOSTS, environment=POLLING) as lab:
         furnish(lab)
         _register(lab)
         _limit(lab, LIMITS[0])
@@ -55,7 +56,7 @@ def measure(runs: int) -> tuple[list[Trial], Load]:
         _limit(lab, LIMITS[1])
         trials.append(_fleet(lab, HOSTS, "limited", LIMITS[1]))
         _limit(lab, LIMITS[0])
-        return trials, measure_load(lab, cluster, lambda: _fleet(lab, HOSTS[:1], "counted", LIMITS[0]))
+        return trials, measure_load(lab, lambda: _fleet(lab, HOSTS[:1], "counted", LIMITS[0]))
 
 
 def _register(lab: Lab) -> None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -17,11 +16,10 @@ from typing import Any
 
 from deployments.lab import Lab
 from tests.e2e.deploying import Service, furnish, prefect_api, query
-from tests.postgresql import Cluster
+from tests.labs import lab_on_postgresql
 from tests.readme import PROJECT
 
 HOSTS = ("host-a", "host-b")
-POSTGRESQL_PORT = 5433
 POLLING = {"PREFECT_WORKER_QUERY_SECONDS": "0.5"}
 PHASES = (
     "the command, until its run is there",
@@ -49,28 +47,8 @@ def measure(runs: int) -> dict[str, list[Trial]]:
     """Deploy `runs` times in labs of their own, the Prefect server on SQLite and on PostgreSQL."""
     with Lab(HOSTS, environment=POLLING) as lab:
         on_sqlite = _trials(lab, runs)
-    with lab_on_postgresql(HOSTS, POLLING) as (lab, _):
+    with lab_on_postgresql(HOSTS, environment=POLLING) as lab:
         return {"SQLite": on_sqlite, "PostgreSQL": _trials(lab, runs)}
-
-
-@contextmanager
-def lab_on_postgresql(hosts: Sequence[str], environment: Mapping[str, str]) -> Iterator[tuple[Lab, Cluster]]:
-    """A lab whose Prefect server has a PostgreSQL of its own."""
-    cluster = Cluster.make(POSTGRESQL_PORT, durable=True)
-    url = f"{cluster.url.replace('postgresql', 'postgresql+asyncpg', 1)}/postgres"
-    settings = {**environment, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
-    try:
-        with Lab(hosts, prefect=False, environment=settings) as lab:
-            database = lab.control.spawn("postgresql", *cluster.command, cwd=cluster.folder)
-            cluster.wait(lambda: database.alive, database.log)
-            lab.start_server()
-            lab.start_control_worker()
-            for host in lab.hosts.values():
-                host.start_worker()
-            yield lab, cluster
-            database.stop()
-    finally:
-        cluster.remove()
 
 
 def _trials(lab: Lab, runs: int) -> list[Trial]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.deploying import Service, events_of, prefect_api, query, wait_for
+from tests.e2e.deploying import Service, events_of, in_control, prefect_api, query, wait_for
 from tests.e2e.deploying import outcome as outcome_of
 
 SLOW_BUILD = 'FROM gantry-test-base:latest\nRUN ["/bin/busybox", "sleep", "{seconds}"]\n'
@@ -127,3 +128,64 @@ def test_a_second_deployment_is_refused_and_told_who_deploys(service: Service) -
     assert waited.state == "COMPLETED", waited.message
     assert outcome_of(service.lab, first).state == "COMPLETED"
     assert service.answer() == "Hello from Gantry, version v2"
+
+
+def test_reconcile_is_scheduled(service: Service) -> None:
+    """Prefect's server makes runs of it by itself; nobody starts them."""
+    wanted = {"flows": {"name": {"any_": ["reconcile"]}}}
+
+    def made_by_the_schedule() -> bool:
+        found = prefect_api(service.lab, "POST", "/flow_runs/filter", wanted)
+        return any(run["auto_scheduled"] for run in found)
+
+    wait_for(made_by_the_schedule, "a scheduled run of reconcile")
+
+
+_FAILED_WITH_A_PACKAGE = """
+import asyncio, sys
+from blake3 import blake3
+from blocks.records_database import find_records_url
+from blocks.remote_host import find_remote_host
+from receiver.contract import DeployRequest, ErrorCode, ImageAnnouncement, PackageAnnouncement
+from tasks.records import Facts, NewWorkflow, Records
+from tasks.states import WorkflowState as S
+
+async def main(workflow_id, name, host_name):
+    package = b"never to be deployed"
+    digest = "sha256:" + "0" * 64
+    image = ImageAnnouncement(config_digest=digest, layers=[], architecture="amd64", size_bytes=1)
+    request = DeployRequest(
+        container_name=name, workflow_id=workflow_id, image=image,
+        package=PackageAnnouncement(size_bytes=len(package), blake3=blake3(package).hexdigest()),
+    )
+    host = await find_remote_host(host_name)
+    async with host.receiver() as receiver:
+        accepted = await receiver.announce(request, workflow_id)
+        await receiver.send_chunk(accepted.deployment_id, 0, package)
+        print((await receiver.status(accepted.deployment_id)).state)
+    async with await Records.open(await find_records_url()) as records:
+        new = NewWorkflow(workflow_id=workflow_id, container_name=name, remote_host=host_name)
+        await records.create(new)
+        why = Facts(error_code=ErrorCode.REMOTE_ENDPOINT_UNREACHABLE, error_message="cut off")
+        await records.advance(workflow_id, S.PENDING, S.FAILED, why)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_a_host_drops_what_it_holds_for_a_workflow_that_failed(service: Service) -> None:
+    """It was cut off when the deployment failed, so that nobody could tell it then."""
+    workflow_id = f"cut-off-{service.name}"
+    told = in_control(service.lab, "-c", _FAILED_WITH_A_PACKAGE, workflow_id, service.name, service.host.name)
+    assert told.strip() == "ready_for_deployment"
+    ledger = Path(service.host.environment["HOOK_RECEIVER_STATE_DIR"]) / "ledger.sqlite3"
+    sql = "SELECT state FROM deployments WHERE workflow_id = ?"
+
+    def dropped() -> bool:
+        with sqlite3.connect(ledger) as connection:
+            return connection.execute(sql, (workflow_id,)).fetchone() == ("aborted",)
+
+    in_control(
+        service.lab, "-c", "from flows.reconcile import reconcile; import asyncio; asyncio.run(reconcile())"
+    )
+    wait_for(dropped, "the host drops the package")

@@ -24,7 +24,15 @@ _LAST_EVENTS = {
     "ROLLBACK_COMPLETED": ["DEPLOYMENT_FAILED", "DEPLOYMENT_DLQ"],
     "FAILED": ["DEPLOYMENT_FAILED", "DEPLOYMENT_DLQ"],
 }
-_UNFINISHED = {"ready", "prepared", "switching", "validating", "failed", "restoring", "restore_failed"}
+_UNFINISHED = {
+    "ready_for_deployment",
+    "prepared",
+    "switching",
+    "validating",
+    "failed",
+    "restoring",
+    "restore_failed",
+}
 _ANSWER_SECONDS = 5.0
 _STATE_DIR = "HOOK_RECEIVER_STATE_DIR"
 

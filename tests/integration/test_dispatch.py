@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect import State, flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolUpdate
 from prefect.states import Cancelled, Completed, Pending, Running, Scheduled
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import SecretStr
@@ -23,6 +24,7 @@ from blocks.remote_host import RemoteHost
 from receiver.contract import DeploymentStatus, HostFacts, HostState
 from tasks import dispatch, outcome
 from tasks.errors import DeploymentFailed, DeploymentLost, StageTimeout
+from tasks.registration import ensure_work_pool
 
 NEVER_SECONDS = 30.0
 
@@ -151,18 +153,40 @@ async def test_a_run_that_is_started_twice_is_one_run() -> None:
 # -- trouble -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", [Scheduled(), Pending()])
 async def test_a_run_that_nobody_takes_is_told_with_the_workers_command(
-    monkeypatch: pytest.MonkeyPatch, state: State[Any]
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After the deadline, not before."""
-    run_id, host = await run_in(state), host_at(8001)
+    run_id, host = await run_in(Scheduled()), host_at(8001)
+    await ensure_work_pool(host.work_pool_name)
     assert await dispatch.run_trouble(host, run_id, 1) is None
     monkeypatch.setattr(dispatch, "START_DEADLINE_SECONDS", 0.5)
     trouble = await dispatch.run_trouble(host, run_id, 1)
     assert trouble is not None
     assert "no worker of pool 'host-127-0-0-1' took the run" in str(trouble)
     assert "prefect worker start --pool host-127-0-0-1" in trouble.next_step
+
+
+async def test_a_paused_pool_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not its worker that is away."""
+    monkeypatch.setattr(dispatch, "START_DEADLINE_SECONDS", 0.5)
+    run_id, host = await run_in(Scheduled()), host_at(8001)
+    await ensure_work_pool(host.work_pool_name)
+    async with get_client() as client:
+        await client.update_work_pool(host.work_pool_name, WorkPoolUpdate(is_paused=True))
+        try:
+            trouble = await dispatch.run_trouble(host, run_id, 1)
+        finally:
+            await client.update_work_pool(host.work_pool_name, WorkPoolUpdate(is_paused=False))
+    assert trouble is not None
+    assert trouble.next_step == "prefect work-pool resume host-127-0-0-1, then deploy again."
+
+
+async def test_a_run_that_its_worker_does_not_begin_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker is there; its log says why."""
+    monkeypatch.setattr(dispatch, "START_DEADLINE_SECONDS", 0.5)
+    trouble = await dispatch.run_trouble(host_at(8001), await run_in(Pending()), 1)
+    assert "took the run, but did not begin it" in str(trouble)
 
 
 async def test_a_run_that_works_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
