@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from receiver.contract import ImageTag, WireModel
-from receiver.references import check_container_name, check_image_tag
+from receiver.contract import ContainerName, ImageTag, WireModel
 from tasks.errors import ParametersRefused
 from tasks.parameters import DeploymentParameters, RemoteHostName
 
+_NAME: TypeAdapter[str] = TypeAdapter(ContainerName)
+_TAG: TypeAdapter[str] = TypeAdapter(ImageTag)
 _PERCENT = re.compile(r"(100|[1-9][0-9]?)%")
 
 
@@ -35,9 +36,12 @@ class OnStop(StrEnum):
 
 def _check_service(text: str) -> str:
     name, colon, tag = text.partition(":")
-    check_container_name(name)
-    if colon:
-        check_image_tag(tag)
+    try:
+        _NAME.validate_python(name)
+        if colon:
+            _TAG.validate_python(tag)
+    except ValidationError as exc:
+        raise ValueError(f"{text!r}: {exc.errors()[0]['msg'].removeprefix('Value error, ')}") from exc
     return text
 
 

@@ -15,8 +15,8 @@ _PORT = 5433
 @contextmanager
 def lab_on_postgresql(
     hosts: Sequence[str], *, environment: Mapping[str, str], durable: bool = True, **options: Any
-) -> Iterator[tuple[Lab, Cluster]]:
-    """A lab with its control side and workers up, and its PostgreSQL; `options` are those of `Lab`."""
+) -> Iterator[Lab]:
+    """A lab with its control side and workers up; `options` are those of `Lab`."""
     cluster = Cluster.make(_PORT, durable=durable)
     url = f"{cluster.url.replace('postgresql', 'postgresql+asyncpg', 1)}/postgres"
     whole = {**environment, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
@@ -28,7 +28,7 @@ def lab_on_postgresql(
             lab.start_control_worker()
             for host in lab.hosts.values():
                 host.start_worker()
-            yield lab, cluster
+            yield lab
             lab.control.services["server"].stop()
             database.stop()
     finally:

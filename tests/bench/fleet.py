@@ -43,7 +43,7 @@ class Trial:
 
 def measure(runs: int) -> tuple[list[Trial], Load]:
     """One host and all hosts in turn, `runs` times, then once under a lower limit; then the load."""
-    with lab_on_postgresql(HOSTS, environment=POLLING) as (lab, cluster):
+    with lab_on_postgresql(HOSTS, environment=POLLING) as lab:
         furnish(lab)
         _register(lab)
         _limit(lab, LIMITS[0])
@@ -56,7 +56,7 @@ def measure(runs: int) -> tuple[list[Trial], Load]:
         _limit(lab, LIMITS[1])
         trials.append(_fleet(lab, HOSTS, "limited", LIMITS[1]))
         _limit(lab, LIMITS[0])
-        return trials, measure_load(lab, cluster, lambda: _fleet(lab, HOSTS[:1], "counted", LIMITS[0]))
+        return trials, measure_load(lab, lambda: _fleet(lab, HOSTS[:1], "counted", LIMITS[0]))
 
 
 def _register(lab: Lab) -> None:

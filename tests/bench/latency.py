@@ -47,7 +47,7 @@ def measure(runs: int) -> dict[str, list[Trial]]:
     """Deploy `runs` times in labs of their own, the Prefect server on SQLite and on PostgreSQL."""
     with Lab(HOSTS, environment=POLLING) as lab:
         on_sqlite = _trials(lab, runs)
-    with lab_on_postgresql(HOSTS, environment=POLLING) as (lab, _):
+    with lab_on_postgresql(HOSTS, environment=POLLING) as lab:
         return {"SQLite": on_sqlite, "PostgreSQL": _trials(lab, runs)}
 
 

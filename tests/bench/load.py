@@ -10,7 +10,6 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
 import threading
 import time
 from collections import Counter
@@ -20,11 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deployments import lab_prefect
-from deployments.lab import Control, Lab
+from deployments import lab_cgroups, lab_prefect
+from deployments.lab import Control, Lab, Node
 from deployments.lab_processes import Service
+from deployments.lab_teardown import WORK
 from tests.e2e.deploying import in_control, wait_for
-from tests.postgresql import Cluster
+from tests.services import postgresql_programs
 
 IDLE_SECONDS = 60.0
 POLL_SECONDS = 10.0
@@ -71,7 +71,7 @@ class Load:
     polls_per_second: float
 
 
-def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Load:
+def measure_load(lab: Lab, deploy: Callable[[], object]) -> Load:
     """Count while nothing happens, and then what `deploy` adds to that."""
     log = _with_access_log(lab)
     host = next(iter(lab.hosts.values()))
@@ -81,8 +81,8 @@ def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Lo
     time.sleep(IDLE_SECONDS)
     idle, heard = _requests(log) - start, _traffic(lab.control, device)
     idle_cpu = {name: used - rested[name] for name, used in _cpu(lab).items()}
-    rows, recorded = _prefect_rows(cluster), _records_rows(lab)
-    sizes = _prefect_bytes(cluster), _records_bytes(lab)
+    rows, recorded = _prefect_rows(lab), _records_rows(lab)
+    sizes = _prefect_bytes(lab), _records_bytes(lab)
     before, traffic, spent = _requests(log), _traffic(lab.control, device), _cpu(lab)
     began = time.monotonic()
     with _largest_run(lab) as largest:
@@ -94,8 +94,8 @@ def measure_load(lab: Lab, cluster: Cluster, deploy: Callable[[], object]) -> Lo
         workers=1 + len(lab.hosts),
         idle_requests_per_second=idle.total() / IDLE_SECONDS,
         requests=_beyond(_requests(log) - before, idle, background),
-        prefect_rows=_growth(_prefect_rows(cluster), rows),
-        prefect_bytes=_prefect_bytes(cluster) - sizes[0],
+        prefect_rows=_growth(_prefect_rows(lab), rows),
+        prefect_bytes=_prefect_bytes(lab) - sizes[0],
         records_rows=_growth(_records_rows(lab), recorded),
         records_bytes=_records_bytes(lab) - sizes[1],
         bytes_to_host=passed[0],
@@ -148,19 +148,21 @@ def _growth(after: Mapping[str, int], before: Mapping[str, int]) -> dict[str, in
     return {name: more for name, count in after.items() if (more := count - before.get(name, 0)) > 0}
 
 
-def _psql(cluster: Cluster, sql: str) -> list[str]:
-    command = [str(cluster.programs / "psql"), "-h", str(cluster.folder), "-p", str(cluster.port)]
-    command += ["-U", "postgres", "-At", "-c", sql]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+def _psql(lab: Lab, sql: str) -> list[str]:
+    programs, url = postgresql_programs(), lab.environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
+    assert programs is not None
+    return lab.control.run(
+        str(programs / "psql"), url.replace("+asyncpg", ""), "-At", "-c", sql
+    ).stdout.split()
 
 
-def _prefect_rows(cluster: Cluster) -> dict[str, int]:
-    names = _psql(cluster, "SELECT relname FROM pg_stat_user_tables WHERE schemaname = 'public'")
-    return {name: int(_psql(cluster, f'SELECT count(*) FROM "{name}"')[0]) for name in names}  # noqa: S608 - its own names
+def _prefect_rows(lab: Lab) -> dict[str, int]:
+    names = _psql(lab, "SELECT relname FROM pg_stat_user_tables WHERE schemaname = 'public'")
+    return {name: int(_psql(lab, f'SELECT count(*) FROM "{name}"')[0]) for name in names}  # noqa: S608 - its own names
 
 
-def _prefect_bytes(cluster: Cluster) -> int:
-    return int(_psql(cluster, "SELECT pg_database_size('postgres')")[0])
+def _prefect_bytes(lab: Lab) -> int:
+    return int(_psql(lab, "SELECT pg_database_size('postgres')")[0])
 
 
 def _records(lab: Lab) -> sqlite3.Connection:
@@ -208,13 +210,35 @@ def _services(lab: Lab) -> dict[str, Service]:
 
 
 def _cpu(lab: Lab) -> dict[str, float]:
-    """Seconds that each has used so far, with the runs that it has started and that have ended."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    found = {}
-    for name, service in _services(lab).items():
-        fields = Path(f"/proc/{service.process.pid}/stat").read_text().rpartition(")")[2].split()
-        found[name] = sum(map(int, fields[11:15])) / ticks
-    return found
+    """Seconds used so far, with what has ended; runs are told apart from the server and the receiver."""
+    host, control = next(iter(lab.hosts.values())), lab.control
+    server, receiver = control.services["server"].process.pid, host.services["receiver"].process.pid
+    return {
+        "Prefect server": _used(server),
+        "control side without the servers": sum(map(_used, _work(control, server))),
+        "receiver": _used(receiver),
+        "host without the receiver": sum(map(_used, _work(host, receiver))),
+    }
+
+
+def _work(node: Node, *others: int) -> list[int]:
+    """Processes of a node that serve flow runs: not `others`, and no PostgreSQL."""
+    listed = (lab_cgroups.folders(node.cgroup + WORK)[0] / "cgroup.procs").read_text().split()
+    found = [int(pid) for pid in listed if int(pid) not in others]
+    return [pid for pid in found if b"postgres" not in _read(Path(f"/proc/{pid}/cmdline"))]
+
+
+def _used(pid: int) -> float:
+    """CPU seconds of a process and of those that it has waited for; 0 when it has just ended."""
+    fields = _read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _polls_per_second(lab: Lab) -> float:
@@ -224,13 +248,13 @@ def _polls_per_second(lab: Lab) -> float:
 
 @contextmanager
 def _largest_run(lab: Lab) -> Iterator[list[float]]:
-    """Resident MB of the largest process that the worker of `control` starts within the block."""
-    most, ended, worker = [0.0], threading.Event(), lab.control.services["worker"].process.pid
+    """Resident MB of the largest process on the control side, servers and worker aside, within the block."""
+    most, ended = [0.0], threading.Event()
+    lasting = [lab.control.services[name].process.pid for name in ("server", "worker")]
 
     def look() -> None:
         while not ended.wait(0.2):
-            children = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
-            most[0] = max([most[0], *(_resident_mb(int(child)) for child in children)])
+            most[0] = max([most[0], *map(_resident_mb, _work(lab.control, *lasting))])
 
     looking = threading.Thread(target=look)
     looking.start()
@@ -243,10 +267,7 @@ def _largest_run(lab: Lab) -> Iterator[list[float]]:
 
 def _resident_mb(pid: int) -> float:
     """0 for a process that has just ended."""
-    try:
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
+    found = re.search(rb"VmRSS:\s+(\d+) kB", _read(Path(f"/proc/{pid}/status")))
     return int(found[1]) / 1000 if found else 0
 
 
@@ -268,7 +289,7 @@ def table(load: Load) -> str:
         ("from the host", f"{load.bytes_from_host / 1000:.0f} kB"),
         ("on a host's link while nothing is deployed", f"{load.idle_bytes_per_second:.0f} B/s"),
         *((f"memory: {name}", f"{amount:.0f} MB") for name, amount in load.memory_mb.items()),
-        *((f"CPU: {name}, its runs included", f"{used:.1f} s") for name, used in load.cpu_seconds.items()),
+        *((f"CPU: {name}", f"{used:.1f} s") for name, used in load.cpu_seconds.items()),
         ("polls of workers that the server answers, eight clients", f"{load.polls_per_second:.0f}/s"),
     ]
     lines = ["| one deployment, by a fleet of one host | |", "|---|---|"]

@@ -4,6 +4,7 @@ The one place that knows how the product sends. Run on the sending side and on t
 
 python -m tests.bench.ours send <image reference> <port of a receiver> ... --address <host>
 python -m tests.bench.ours load <deployment id>
+python -m tests.bench.ours learn <image reference>
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from blocks.remote_host import RemoteHost
+    from receiver.contract import DeployAccepted
     from tasks.package import ImageMetadata
     from tests.bench.site import Site
     from tests.bench.ways import Sent
@@ -58,6 +60,7 @@ class Ours:
         (deployment_id,) = told["deployment_ids"]
         loaded = site.host.run(sys.executable, "-m", PROGRAM, "load", deployment_id, timeout=3600)
         parts["load"] = json.loads(loaded.stdout)["seconds"]
+        learn(site, reference)
         return Sent(
             sum(parts.values()), parts, told["peak_bytes"], peak_bytes(receiver_pid), told["package_bytes"]
         )
@@ -70,6 +73,13 @@ def send_to(site: Site, reference: str, ports: Sequence[int]) -> dict[str, Any]:
     home = {"GANTRY_HOME": str(_home(site))}
     said: dict[str, Any] = json.loads(site.control.run(*command, env=home, timeout=_LIMIT_SECONDS).stdout)
     return said
+
+
+def learn(site: Site, reference: str) -> float:
+    """What the flow `learn-layers` does after a deployment, beside everything; returns its seconds."""
+    command = [sys.executable, "-m", PROGRAM, "learn", reference]
+    home = {"GANTRY_HOME": str(_home(site))}
+    return float(json.loads(site.control.run(*command, env=home, timeout=_LIMIT_SECONDS).stdout)["seconds"])
 
 
 def _home(site: Site) -> Path:
@@ -103,9 +113,10 @@ class _Clock:
 
 
 async def _send(reference: str, address: str, ports: Sequence[int]) -> dict[str, Any]:
-    """In the order of a deployment; the package is exported once, and only when some host lacks the image."""
+    """In the order of a deployment: exported once, compressed and sent to all hosts at the same time."""
     import flows.deploy  # noqa: F401 - a flow run has it in memory
     from blocks.remote_host import RemoteHost
+    from receiver.contract import HostState
     from tasks import builder, package
 
     hosts = [RemoteHost(address=address, port=port) for port in ports]
@@ -114,49 +125,50 @@ async def _send(reference: str, address: str, ports: Sequence[int]) -> dict[str,
     with clock.part("announce"):
         metadata = await asyncio.to_thread(package._inspect, image_id, reference)
         accepted = [await _announce(host, metadata) for host in hosts]
-    lacking = [(host, ids) for host, (ids, present) in zip(hosts, accepted, strict=True) if not present]
-    size_bytes = 0
+    pairs = zip(hosts, accepted, strict=True)
+    lacking = [(host, one) for host, one in pairs if one.state is HostState.RECEIVING]
+    sizes: list[int] = []
     if lacking:
-        with clock.part("export"):
-            made = await asyncio.to_thread(package._export, image_id, reference)
-        size_bytes = made.size_bytes
-        with clock.part("upload"):
-            await asyncio.gather(*(_upload(host, ids, made) for host, ids in lacking))
+        with clock.part("export and upload"):
+            sizes = await asyncio.gather(*(_upload(host, one, metadata) for host, one in lacking))
     return {
         "parts": clock.parts,
-        "deployment_ids": [deployment_id for deployment_id, _ in accepted],
-        "package_bytes": size_bytes,
+        "deployment_ids": [one.deployment_id for one in accepted],
+        "package_bytes": max(sizes, default=0),
         "peak_bytes": peak_bytes("self"),
     }
 
 
-async def _announce(host: RemoteHost, metadata: ImageMetadata) -> tuple[str, bool]:
-    """The deployment's id, and whether the host has the image."""
-    from receiver.contract import DeployRequest, ImageAnnouncement
+async def _announce(host: RemoteHost, metadata: ImageMetadata) -> DeployAccepted:
+    from receiver.contract import DeployRequest
+    from tasks.package import announce_image
 
-    image = ImageAnnouncement(
-        config_digest=metadata.image_id,
-        layers=metadata.layers,
-        architecture=metadata.architecture,
-        os=metadata.os,
-        size_bytes=metadata.image_size_bytes,
-    )
+    image = announce_image(metadata)
     name, tag = metadata.reference.split(":")
     request = DeployRequest(container_name=name, image_tag=tag, workflow_id=secrets.token_hex(8), image=image)
     async with host.receiver() as receiver:
-        accepted = await receiver.announce(request, secrets.token_hex(8))
-    return accepted.deployment_id, accepted.image_present
+        return await receiver.announce(request, secrets.token_hex(8))
 
 
-async def _upload(host: RemoteHost, deployment_id: str, package: Any) -> None:
-    """Until the host has verified the whole package."""
+async def _upload(host: RemoteHost, accepted: DeployAccepted, metadata: ImageMetadata) -> int:
+    """Until the host has verified the whole package, of which the bytes are returned."""
+    from functools import partial
+
+    from blocks import package_stream
     from receiver.contract import HostState
+    from tasks import exports, shared_package
+    from tasks.shared_package import PackageKey
 
+    omitted = frozenset(accepted.known_layers)
+    key = PackageKey(metadata.image_id, metadata.reference, tuple(sorted(omitted)))
+    export = partial(exports.open_export, metadata.image_id, metadata.reference, omitted)
     async with host.receiver() as receiver:
-        await receiver.announce_package(deployment_id, package.announcement())
-        await receiver.upload(deployment_id, package.path)
-        status = await receiver.status(deployment_id)
+        with shared_package.opened(key, export) as shared:
+            await package_stream.send(receiver, accepted.deployment_id, shared)
+            package = await shared.finished()
+        status = await receiver.status(accepted.deployment_id)
     assert status.state is HostState.READY, status
+    return package.size_bytes
 
 
 # -- the program on the host ---------------------------------------------------------------------
@@ -176,6 +188,17 @@ async def _load(deployment_id: str) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
+async def _learn(reference: str) -> dict[str, Any]:
+    """Of the layers of an image that was just deployed."""
+    from tasks import builder
+    from tasks.learning import learn_layers
+
+    image_id = str(builder.connect().images.get(reference).id)
+    began = time.monotonic()
+    await asyncio.to_thread(learn_layers, image_id)
+    return {"seconds": time.monotonic() - began}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Send or load; prints one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.ours")
@@ -185,9 +208,16 @@ def main(arguments: Sequence[str]) -> int:
     send.add_argument("ports", nargs="+", type=int)
     send.add_argument("--address", required=True)
     actions.add_parser("load").add_argument("deployment_id")
+    actions.add_parser("learn").add_argument("reference")
     asked = parser.parse_args(arguments)
-    work = _send(asked.reference, asked.address, asked.ports) if asked.action == "send" else None
-    sys.stdout.write(json.dumps(asyncio.run(work or _load(asked.deployment_id))) + "\n")
+    match asked.action:
+        case "send":
+            said = asyncio.run(_send(asked.reference, asked.address, asked.ports))
+        case "load":
+            said = asyncio.run(_load(asked.deployment_id))
+        case _:
+            said = asyncio.run(_learn(asked.reference))
+    sys.stdout.write(json.dumps(said) + "\n")
     return 0
 
 

@@ -204,7 +204,7 @@ def test_an_export_that_is_given_up_or_out_of_reach_leaves_nothing(
     def give_up() -> None:
         stream = push_export(str(new.id), "push-test:v2", frozenset(layers_of(old)))
         next(stream)
-        stream.close()  # type: ignore[attr-defined]  # it is a generator
+        stream.close()
 
     on_control(lab, give_up)
     assert_nothing_is_left(control, tmp_path / "home")

@@ -183,7 +183,7 @@ def test_a_host_drops_what_it_holds_for_a_workflow_that_failed(service: Service)
 
     def dropped() -> bool:
         with sqlite3.connect(ledger) as connection:
-            return connection.execute(sql, (workflow_id,)).fetchone() == ("aborted",)
+            return bool(connection.execute(sql, (workflow_id,)).fetchone() == ("aborted",))
 
     in_control(
         service.lab, "-c", "from flows.reconcile import reconcile; import asyncio; asyncio.run(reconcile())"

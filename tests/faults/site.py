@@ -29,7 +29,6 @@ class Lane:
 
     service: Service
     serving: str | None = None
-    is_rolling: bool = False
     _versions: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -45,8 +44,6 @@ class Lane:
         """Parameters of `deploy-container`: checks that answer at once, and a short grace."""
         parameters = self.service.parameters(tag, **({"HEALTH": "broken"} if is_broken else {}))
         parameters["deployment_config"]["stop_timeout_seconds"] = 1
-        if self.is_rolling:
-            parameters["deployment_config"] |= {"strategy": "rolling", "drain_timeout_seconds": 5}
         check = {"max_retries": 2, "retry_interval_ms": 500, "quiet_period_ms": 300}
         parameters["health_check_config"] = {**check, **({"max_retries": 20} if is_patient else {})}
         return parameters
@@ -112,7 +109,7 @@ def open_site(lanes_per_host: int, hosts: Sequence[str] = HOSTS) -> Iterator[Sit
     environment = {**holds.environment(folder), "MAX_CONCURRENT_DEPLOYMENTS": "100"}
     options = {"state_dir": state_dir, "live_restore": True, "disk_bytes": DISK_BYTES}
     # Prefect's server refuses writes on a busy SQLite, which would be a fault of its own in each cell.
-    with lab_on_postgresql(hosts, environment=environment, durable=False, **options) as (lab, _):
+    with lab_on_postgresql(hosts, environment=environment, durable=False, **options) as lab:
         furnish(lab)
         lanes = {
             name: [new_lane(lab, host) for _ in range(lanes_per_host)] for name, host in lab.hosts.items()

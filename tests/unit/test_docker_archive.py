@@ -8,7 +8,7 @@ import json
 import tarfile
 from pathlib import Path
 
-from receiver.archive import archive_contents
+from receiver.archive import ArchivedImage, rebuilt
 from tasks.docker_archive import docker_archive, layer_name
 
 CONFIG = json.dumps({"rootfs": {"diff_ids": []}}).encode()
@@ -29,10 +29,9 @@ def test_the_archive_names_every_layer_and_holds_those_that_were_sent(tmp_path: 
         files[name].write_bytes(content)
     whole = b"".join(docker_archive("web:v2", CONFIG, [*ids, ids[2]], files))
     assert len(whole) % 512 == 0
-    (tmp_path / "web.tar").write_bytes(whole)
-    found = archive_contents(tmp_path / "web.tar")
-    assert found.config_digest == diff_id(CONFIG)
-    assert (found.layers_count, found.missing) == (5, (layer_name(ids[0]),))
+    found: list[ArchivedImage] = []
+    assert list(rebuilt(io.BytesIO(whole), found.append))
+    assert found == [ArchivedImage(diff_id(CONFIG), 5, frozenset({0}))]
     with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
         names = archive.getnames()
         assert names[2:] == [layer_name(name) for name in ids[1:]]

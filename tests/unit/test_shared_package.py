@@ -81,7 +81,7 @@ async def test_two_that_need_a_package_share_one_export(exporter: Exporter) -> N
             assert first.announcement() is second.announcement() is None
             rest = asyncio.gather(first.read(20_000, 99_000), second.read(20_000, 99_000))
             exporter.go_on.set()
-            assert await rest == [WHOLE[20_000:]] * 2
+            assert [*await rest] == [WHOLE[20_000:]] * 2
             assert await first.finished() == await second.finished()
     assert exporter.count == 1
     with opened(KEY, exporter) as third:

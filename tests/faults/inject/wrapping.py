@@ -87,7 +87,7 @@ def _uploads(module: ModuleType) -> None:
     client.send_chunk = told
 
 
-def _streams(module: ModuleType) -> None:
+def _streams(module: Any) -> None:
     send = module.send
 
     async def in_parts(receiver: Any, deployment_id: str, source: Any, **options: Any) -> Any:
