@@ -29,6 +29,7 @@ class Lane:
 
     service: Service
     serving: str | None = None
+    is_rolling: bool = False
     _versions: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
@@ -44,6 +45,8 @@ class Lane:
         """Parameters of `deploy-container`: checks that answer at once, and a short grace."""
         parameters = self.service.parameters(tag, **({"HEALTH": "broken"} if is_broken else {}))
         parameters["deployment_config"]["stop_timeout_seconds"] = 1
+        if self.is_rolling:
+            parameters["deployment_config"] |= {"strategy": "rolling", "drain_timeout_seconds": 5}
         check = {"max_retries": 2, "retry_interval_ms": 500, "quiet_period_ms": 300}
         parameters["health_check_config"] = {**check, **({"max_retries": 20} if is_patient else {})}
         return parameters
