@@ -85,7 +85,7 @@ def contents(whole: bytes) -> dict[str, bytes]:
     ("package_format", "package"),
     [
         (PackageFormat.ZSTD, zstd(without())),
-        (PackageFormat.GZIP, gzip.compress(without())),
+        (PackageFormat.GZIP, gzip.compress(without(), mtime=0)),
         (PackageFormat.TAR, without()),
     ],
 )

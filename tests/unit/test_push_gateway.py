@@ -85,7 +85,9 @@ def test_a_layer_is_taken_decompressed_and_named_by_its_diff_id(gateway: Gateway
 
 
 @pytest.mark.parametrize(
-    "content", [b'{"rootfs": {}}', b"{}", b"", gzip.compress(b"a") + gzip.compress(b"b")]
+    "content",
+    [b'{"rootfs": {}}', b"{}", b"", gzip.compress(b"a", mtime=0) + gzip.compress(b"b", mtime=0)],
+    ids=["configuration", "document", "nothing", "two members"],
 )
 def test_a_blob_in_one_request_is_taken(gateway: Gateway, content: bytes) -> None:
     """By POST alone, or as the body of PUT; plain, tiny, empty, or gzip in several members."""
