@@ -94,10 +94,10 @@ def read_config_digest(image_id: str, reference: str) -> str:
     return found[0].config_digest
 
 
-def _saved(client: DockerClient, image_id: str, reference: str) -> Iterator[bytes]:
+def _saved(client: DockerClient, image_id: str, reference: str) -> Generator[bytes]:
     """By its name, unless that was given to another image meanwhile: then nameless, and named by the host."""
     name = reference if reference in client.images.get(image_id).tags else image_id
-    return cast("Iterator[bytes]", client.api.get_image(name, BLOCK_BYTES))
+    return cast("Generator[bytes]", client.api.get_image(name, BLOCK_BYTES))
 
 
 def _checks(layers: list[str], omitted: frozenset[str]) -> Callable[[ArchivedImage], None]:

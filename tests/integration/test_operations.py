@@ -10,7 +10,7 @@ import socket
 import tarfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -211,8 +211,7 @@ async def test_a_package_without_the_layers_that_the_engine_has_is_loaded(
     operations = rig.announce(name, version)
     announced = rig.image(version)
     bare = io.BytesIO()
-    with closing(rig.docker.images.get(f"test:{version}").save()) as saved:
-        whole = io.BytesIO(b"".join(saved))
+    whole = io.BytesIO(b"".join(rig.docker.images.get(f"test:{version}").save()))
     for block in rebuilt(whole, lambda _: None, lambda member, _: member.name.endswith("layer.tar")):
         bare.write(block)
     rig.docker.images.remove(f"test:{version}")
