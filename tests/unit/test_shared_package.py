@@ -79,7 +79,7 @@ async def test_two_that_need_a_package_share_one_export(exporter: Exporter) -> N
             assert await first.read(0, 15_000) == WHOLE[:15_000]
             assert await second.read(5_000, 15_000) == WHOLE[5_000:20_000]
             assert first.announcement() is second.announcement() is None
-            rest = asyncio.gather(first.read(20_000, 99_000), second.read(20_000, 99_000))
+            rest = asyncio.gather(*(shared.read(20_000, 99_000) for shared in (first, second)))
             exporter.go_on.set()
             assert [*await rest] == [WHOLE[20_000:]] * 2
             assert await first.finished() == await second.finished()

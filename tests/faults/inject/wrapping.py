@@ -100,7 +100,7 @@ def _streams(module: Any) -> None:
             source.read = read_little_first
         return await send(receiver, deployment_id, source, **options)
 
-    module.send = in_parts
+    setattr(module, "send", in_parts)  # noqa: B010 - mypy knows no such attribute
 
 
 def _operations(module: ModuleType) -> None:
