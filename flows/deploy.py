@@ -86,6 +86,11 @@ async def deploy_container(
         wait_seconds=wait_seconds,
         transport=transport,
     )
+    return await deploy(parameters)
+
+
+async def deploy(parameters: DeploymentParameters) -> DeploymentResult | State[Any]:
+    """All of a deployment, as a workflow of the flow run that calls this."""
     check_paths(parameters.build_options)
     async with AsyncExitStack() as in_use:
         workflow = await in_use.enter_async_context(open_workflow(parameters))
