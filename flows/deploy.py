@@ -85,6 +85,11 @@ async def deploy_container(
         wait_seconds=wait_seconds,
         transport=transport,
     )
+    return await deploy(parameters)
+
+
+async def deploy(parameters: DeploymentParameters) -> DeploymentResult | State[Any]:
+    """All of a deployment, as a workflow of the flow run that calls this."""
     check_paths(parameters.build_options)
     async with open_workflow(parameters) as workflow:
         try:

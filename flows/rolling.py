@@ -9,9 +9,8 @@ from typing import Any
 
 from prefect import State, flow
 from prefect.runtime import flow_run
-from prefect.states import Failed
 
-from flows.deploy import deploy_container
+from flows.deploy import deploy
 from receiver.contract import (
     DEFAULT_PORT,
     ContainerName,
@@ -22,7 +21,15 @@ from receiver.contract import (
     Transport,
 )
 from tasks import versions
-from tasks.parameters import BuildOptions, RemoteHostName, StageTimeoutMs, WaitSeconds, rolling
+from tasks.parameters import (
+    BuildOptions,
+    DeploymentParameters,
+    RemoteHostName,
+    StageTimeoutMs,
+    WaitSeconds,
+    default_timeout_ms,
+    rolling,
+)
 from tasks.wording import on_host
 
 
@@ -32,7 +39,7 @@ def _run_name() -> str:
     return f"roll {on_host(what, asked['remote_host'])}"
 
 
-@flow(name="rolling-update", flow_run_name=_run_name)
+@flow(name="rolling-update", flow_run_name=_run_name, persist_result=True)
 async def rolling_update(
     container_name: ContainerName,
     remote_host: RemoteHostName,
@@ -49,31 +56,29 @@ async def rolling_update(
     """Start the new version beside the old one, prove it, move the traffic, and stop the old one when idle.
 
     Returns `success`, `old_version` and `new_version` (image tags), and the `deployment`. A run that did not
-    reach its aim ends Failed with the cause in one line; then the old version serves. Refuses a
-    service that cannot run twice side by side before any work.
+    reach its aim ends Failed as `deploy-container` does; then the old version serves. Refuses a service that
+    cannot run twice side by side before any work.
     """
-    config = rolling(deployment_config)
-    old_version = await versions.running_version(remote_host, remote_port, container_name)
-    state: State[Any] = await deploy_container(
+    parameters = DeploymentParameters(
         container_name=container_name,
         remote_host=remote_host,
         image_tag=image_tag,
         remote_port=remote_port,
-        deployment_config=config,
+        deployment_config=rolling(deployment_config),
         build_options=build_options,
         health_check_config=health_check_config,
         rollback_on_failure=rollback_on_failure,
-        deployment_timeout_ms=deployment_timeout_ms,
+        deployment_timeout_ms=deployment_timeout_ms or default_timeout_ms(),
         wait_seconds=wait_seconds,
         transport=transport,
-        return_state=True,
     )
-    if not state.is_completed():
-        return Failed(message=state.message)
-    deployment = await state.aresult()
+    old_version = await versions.running_version(remote_host, remote_port, container_name)
+    ended = await deploy(parameters)
+    if isinstance(ended, State):
+        return ended
     return {
-        "success": True,
+        "success": ended.success,
         "old_version": old_version,
         "new_version": image_tag,
-        "deployment": deployment.model_dump(mode="json"),
+        "deployment": ended.model_dump(mode="json"),
     }
