@@ -286,6 +286,7 @@ class Proxy:
                     stdout=file,
                     stderr=file,
                     cwd="/",
+                    env={"PATH": os.defpath},  # it outlives this process, and needs none of its secrets
                     timeout=_PROGRAM_SECONDS,
                     start_new_session=True,
                     check=False,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -240,6 +242,24 @@ def test_services_share_a_port_by_their_hostnames(proxy: Proxy) -> None:
         assert ask(port, host="other.example.com") == "HTTP 503"
         with pytest.raises(ProxyFailed, match="service blog has host port"):
             proxy.check(routed(port, one, "web", hostname="blog.example.com"))
+
+
+def test_https_is_spoken_where_a_certificate_is_given(proxy: Proxy, tmp_path: Path) -> None:
+    """With that certificate, which the client checks; the service is told."""
+    port, pem, key = free_port(), tmp_path / "shop.pem", tmp_path / "key.pem"
+    subject = ("-subj", "/CN=shop.example.com", "-addext", "subjectAltName=DNS:shop.example.com")
+    words = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject)
+    subprocess.run([*words, "-keyout", str(key), "-out", str(pem)], check=True, capture_output=True)
+    trusted = ssl.create_default_context(cafile=str(pem))
+    pem.write_text(pem.read_text() + key.read_text())
+    with version("v1") as one:
+        proxy.set_route(routed(port, one, https_certificate_file=str(pem)))
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+            trusted.wrap_socket(plain, server_hostname="shop.example.com") as line,
+        ):
+            line.sendall(b"GET / HTTP/1.1\r\nHost: shop.example.com\r\nConnection: close\r\n\r\n")
+            assert b"".join(iter(lambda: line.recv(4096), b"")).endswith(b"v1")
 
 
 def test_a_certificate_that_cannot_be_read_is_told_before_anything_changes(proxy: Proxy) -> None:
