@@ -300,8 +300,23 @@ def make_engine(url: URL, poolclass: type[Pool] | None = None) -> AsyncEngine:
         event.listen(engine.sync_engine, "connect", _configure_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
-    arguments = {"timeout": 10, "command_timeout": 60, "server_settings": {"application_name": "gantry"}}
+    arguments = {
+        "timeout": 10,
+        "command_timeout": 60,
+        "server_settings": {"application_name": "gantry"},
+        "async_creator_fn": _connect_postgresql,
+    }
     return create_async_engine(url, poolclass=poolclass, pool_pre_ping=True, connect_args=arguments)
+
+
+async def _connect_postgresql(*arguments: Any, **named: Any) -> Any:
+    """A server that lets nobody in is away, be it starting, full, or without that database."""
+    import asyncpg  # type: ignore[import-untyped]  # no types; and not needed by records in SQLite
+
+    try:
+        return await asyncpg.connect(*arguments, **named)
+    except asyncpg.PostgresError as exc:
+        raise ConnectionError(str(exc)) from exc
 
 
 def _configure_sqlite(connection: Any, _record: object) -> None:

@@ -585,6 +585,24 @@ async def test_a_postgresql_that_is_down_is_named_without_its_password() -> None
     assert "hunter2" not in str(caught.value)
 
 
+async def test_a_postgresql_that_is_starting_up_is_away() -> None:
+    """A deployment waits for it as for one that does not answer: its refusal is no answer."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if (await reader.readexactly(8))[4:] == bytes.fromhex("04d2162f"):  # whether TLS is spoken here
+            writer.write(b"N")
+            await reader.readexactly(8)
+        said = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
+        writer.write(b"E" + (len(said) + 4).to_bytes(4) + said)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(RecordsUnreachable, match="starting up"):
+            await Records.open(f"postgresql://gantry@127.0.0.1:{port}/records")
+
+
 async def test_a_postgresql_database_that_does_not_exist_is_named(postgresql_server: str) -> None:
     """A wrong name is answered like a dead server: with what to check."""
     with pytest.raises(RecordsUnreachable, match="nowhere"):
