@@ -1,6 +1,6 @@
 """Constant load on a service: kept connections, new ones, and slow requests; what each was answered.
 
-python -m tests.load ADDRESS PORT    until a line or the end comes on stdin; prints the outcome as JSON
+python -m tests.load ADDRESS PORT SLOW_PATH    until a line or the end comes on stdin; prints the outcome as JSON
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def load(
 
 def main() -> None:
     """Load until stdin says so."""
-    with load(sys.argv[1], int(sys.argv[2]), *sys.argv[3:]) as outcome:
+    with load(sys.argv[1], int(sys.argv[2]), sys.argv[3]) as outcome:
         sys.stdin.readline()
     sys.stdout.write(json.dumps({"answers": outcome.answers, "failures": outcome.failures}) + "\n")
 
