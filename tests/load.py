@@ -1,6 +1,6 @@
 """Constant load on a service: kept connections, new ones, and slow requests; what each was answered.
 
-python -m tests.load ADDRESS PORT    until a line or the end comes on stdin; prints the outcome as JSON
+python -m tests.load ADDRESS PORT SLOW_PATH    until a line or the end comes on stdin; prints the outcome as JSON
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException
 
 _PATIENCE_SECONDS = 10
+_PAUSE_SECONDS = 0.005  # or the clients would take the machine from what they ask
 
 
 @dataclass
@@ -38,7 +39,6 @@ class Outcome:
             self.answers[call()] += 1
         except (OSError, HTTPException) as exc:
             self.failures.append((round(time.monotonic() - self.began, 3), repr(exc)))
-            time.sleep(0.005)
 
 
 def ask(address: str, port: int, path: str = "/", headers: dict[str, str] | None = None) -> str:
@@ -80,6 +80,7 @@ def load(
         enter()
         while not is_over.is_set():
             outcome.count(call)
+            time.sleep(_PAUSE_SECONDS)
 
     threads = [threading.Thread(target=repeat, args=(call,), daemon=True) for call in calls]
     for thread in threads:
@@ -96,7 +97,11 @@ def load(
 
 def main() -> None:
     """Load until stdin says so."""
+<<<<<<< HEAD
     with load(sys.argv[1], int(sys.argv[2]), (sys.argv[3:] or ["/slow"])[0]) as outcome:
+=======
+    with load(sys.argv[1], int(sys.argv[2]), sys.argv[3]) as outcome:
+>>>>>>> rolling
         sys.stdin.readline()
     sys.stdout.write(json.dumps({"answers": outcome.answers, "failures": outcome.failures}) + "\n")
 
