@@ -97,11 +97,7 @@ def load(
 
 def main() -> None:
     """Load until stdin says so."""
-<<<<<<< HEAD
-    with load(sys.argv[1], int(sys.argv[2]), (sys.argv[3:] or ["/slow"])[0]) as outcome:
-=======
     with load(sys.argv[1], int(sys.argv[2]), sys.argv[3]) as outcome:
->>>>>>> rolling
         sys.stdin.readline()
     sys.stdout.write(json.dumps({"answers": outcome.answers, "failures": outcome.failures}) + "\n")
 

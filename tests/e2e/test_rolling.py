@@ -25,14 +25,8 @@ def test_rolling_updates_and_rollbacks_are_noticed_by_no_client(service: Service
     assert service.deploy("v1").state == "COMPLETED"
     first = roll(service, "v2")
     assert first.state == "COMPLETED", first.message
-<<<<<<< HEAD
-    namespace = service.lab.control.namespace
-    assert namespace is not None
-    enter = partial(lab_http.enter, namespace)
-=======
     assert service.lab.control.namespace is not None
     enter = partial(lab_http.enter, service.lab.control.namespace)
->>>>>>> rolling
     with load(service.host.address, service.port, "/", enter) as seen:
         updated = roll(service, "v3")
         assert updated.state == "COMPLETED", updated.message
