@@ -1,6 +1,6 @@
 """Constant load on a service: kept connections, new ones, and slow requests; what each was answered.
 
-python -m tests.load ADDRESS PORT SLOW_PATH    until a line or the end of stdin; prints JSON
+python -m tests.load ADDRESS PORT SLOW_PATH    until a line or the end comes on stdin; prints what came of it
 """
 
 from __future__ import annotations
