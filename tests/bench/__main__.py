@@ -1,6 +1,6 @@
 """Measure, on hosts of a lab's own; each measurement is kept, and the README's tables are made of them.
 
-python -m tests.bench run [latency | fleet | transfer ...] [--rounds N]
+python -m tests.bench run [latency | fleet | rolling | transfer ...] [--rounds N]
 python -m tests.bench run transfer [--image-bytes N] [--link bare,1g,100m] [--only ours,zstd] [--afresh]
 python -m tests.bench readme
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests import readme
-from tests.bench import fleet, latency, transfer
+from tests.bench import fleet, latency, rolling, transfer
 from tests.bench.links import LINKS
 
 RESULTS = Path(__file__).with_name("results")
@@ -21,6 +21,10 @@ RESULTS = Path(__file__).with_name("results")
 
 def _latency(options: argparse.Namespace) -> str:
     return latency.table(latency.measure(options.rounds))
+
+
+def _rolling(options: argparse.Namespace) -> str:
+    return rolling.table(rolling.measure(options.rounds))
 
 
 def _transfer(options: argparse.Namespace) -> str:
@@ -42,6 +46,7 @@ def _fleet(options: argparse.Namespace) -> str:
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], str]] = {
     "latency": _latency,
     "fleet": _fleet,
+    "rolling": _rolling,
     "transfer": _transfer,
 }
 
