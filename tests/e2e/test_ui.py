@@ -72,7 +72,10 @@ def test_a_deployment_can_be_followed_in_the_ui(browser: Browser, service: Servi
 
     ui = f"{lab.control.ui_url}/v2"
     browser.open(f"{ui}/runs/flow-run/{done.run_id}?tab=Artifacts")
-    progress = (f"build-{name}", f"Building {name}:v1: done", f"upload-to-{host}", "Uploading 2.1 MB")
+    progress = (
+        *(f"build-{name}", f"Building {name}:v1: done"),
+        *(f"upload-to-{host}", f"Uploading {name}:v1 to {host}: done"),
+    )
     browser.wait_for(f"{name}:v1 → {host}", "deployment-report", f"url-{name}-on-{host}", *progress)
     browser.wait_for_drawing("canvas")
 
