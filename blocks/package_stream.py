@@ -82,12 +82,21 @@ class _Stream:
         return answer.state is not HostState.RECEIVING
 
     async def _take_bearings(self) -> None:
-        """Announce what is whole already, then go on from what the host holds, if it is ours."""
+        """Announce what is whole already, and go on from what the host holds, if it is ours."""
         await self.source.look()
-        if not self.is_announced:
+        if not self.is_announced and self.source.announcement() is not None:
+            # What the host holds is proven before: bytes of another package must not be taken for this one.
+            await self._prove()
+            if self.must_ask:
+                return
             self.is_taken = await self._announce()
-        if self.is_taken:
-            return
+            self.has_begun = False  # what the host takes up now was not sent here
+        if not self.is_taken:
+            await self._prove()
+
+    async def _prove(self) -> None:
+        """Go on from what the host holds, if it is ours; it is dropped if it is not."""
+        self.must_ask = True
         held = await self.receiver.held(self.deployment_id)
         if held.offset > self.proven and held.blake3 is None:
             await asyncio.sleep(self.receiver.config.first_pause_seconds)  # a chunk is being written there

@@ -369,10 +369,13 @@ class ReceiverClient:
 
     async def _answer(self, request: httpx.Request, *, signed: bool = True) -> httpx.Response:
         try:
-            return await self._http.send(request, auth=self._signer if signed else None)
+            response = await self._http.send(request, auth=self._signer if signed else None)
         except _UNREACHABLE as exc:
             cause = f"{type(exc).__name__}: {exc}".removesuffix(": ")
             raise ReceiverUnreachable(str(request.url), cause) from exc
+        # It is read. httpx's own stream leads back to the response, which would keep each chunk in memory.
+        response.stream = httpx.ByteStream(b"")
+        return response
 
 
 @dataclass

@@ -16,6 +16,8 @@ from receiver.contract import ContainerName
 from tasks import forgotten, interrupted
 from tasks.errors import RemoteEndpointUnreachable
 from tasks.parameters import RemoteHostName
+from tasks.records import Records, RecordsUnreachable
+from tasks.states import WorkflowRecord
 from tasks.workflow import Workflow
 
 
@@ -42,11 +44,22 @@ async def reconcile(
     found: dict[str, list[str]] = {"ended": [], "waiting": [], "alive": []}
     async with interrupted.open_records() as records:
         for record in await interrupted.unfinished(records, workflow_id, container_name, remote_host):
-            async with interrupted.taken_over(records, record) as workflow:
-                found[await _settle(workflow)].append(record.workflow_id)
+            found[await _take_over(records, record)].append(record.workflow_id)
         await forgotten.give_up_forgotten(records)
     get_run_logger().info("%s", ", ".join(f"{len(ids)} {kind}" for kind, ids in found.items()))
     return found
+
+
+async def _take_over(records: Records, record: WorkflowRecord) -> str:
+    """As `_settle`; what is odd about one workflow keeps no other from being ended."""
+    try:
+        async with interrupted.taken_over(records, record) as workflow:
+            return await _settle(workflow)
+    except RecordsUnreachable:
+        raise
+    except Exception:  # noqa: BLE001 - such as a host whose block and key are gone
+        get_run_logger().exception("workflow %s cannot be ended", record.workflow_id)
+        return "waiting"
 
 
 async def finish_earlier(workflow: Workflow) -> None:

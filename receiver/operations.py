@@ -284,14 +284,17 @@ class Operations:
         return image
 
     def _check_ports(self, entry: Entry, current: Container | None) -> None:
-        route = self.proxy.route(entry.request.container_name)
-        proxied = {(bind.host_port, "tcp") for bind in route.binds} if route else set()
         try:
-            self.engine.check_ports_free(entry.request.deployment_config, current, proxied)
+            self.engine.check_ports_free(entry.request.deployment_config, current, self._proxied_ports(entry))
         except PortTaken as exc:
             self._gate("no_port_conflicts", Stage.DEPLOY, passed=False, message=str(exc))
             raise
         self._gate("no_port_conflicts", Stage.DEPLOY, passed=True)
+
+    def _proxied_ports(self, entry: Entry) -> set[tuple[int, str]]:
+        """Host ports that HAProxy holds and this deployment may have."""
+        route = self.proxy.route(entry.request.container_name)
+        return {(bind.host_port, "tcp") for bind in route.binds} if route else set()
 
     def _create(self, entry: Entry, image: LoadedImage, environment: Mapping[str, str]) -> str:
         request, name = entry.request, f"{entry.request.container_name}-next-{self.deployment_id[:8]}"

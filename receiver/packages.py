@@ -457,7 +457,7 @@ class Packages:
         unneeded = [file for file in self._folder.iterdir() if self._is_unneeded(file)]
         for file in unneeded:
             file.unlink(missing_ok=True)
-        for deployment_id in [known for known in self._hashers if not self._is_awaited(known)]:
+        for deployment_id in [known for known in list(self._hashers) if not self._is_awaited(known)]:
             self._hashers.pop(deployment_id, None)
         left = [found for found in self._incoming.deployments() if not self._is_awaited(found)]
         for deployment_id in left:

@@ -15,9 +15,10 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -109,11 +110,7 @@ class Proxy:
         """Raise `ProxyFailed` unless HAProxy would take this route; changes nothing."""
         self.program()
         routes = self.routes()
-        if rival := routes.rival(route):
-            raise ProxyFailed(
-                f"service {rival.service} has host port {rival.binds[0].host_port} in the proxy; choose "
-                "another host_port, or give both services a hostname and either both or neither HTTPS"
-            )
+        _refuse_rival(routes, route)
         trial = self.folder / f"trial-{os.getpid()}-{route.service}.cfg"
         try:
             _write(trial, self._text(routes.having(route)))
@@ -124,7 +121,9 @@ class Proxy:
     def set_route(self, route: Route) -> None:
         """Write a route down and have HAProxy follow it; the same again changes nothing."""
         with self.alone():
-            self._follow(self.routes().having(route))
+            routes = self.routes()
+            _refuse_rival(routes, route)  # another deployment may have come first since the check
+            self._follow(routes.having(route))
             self._tell(route)  # also when it was written down before: that process may have died then
 
     def remove_route(self, service: str) -> None:
@@ -203,13 +202,31 @@ class Proxy:
 
     def busy(self, route: Route, slot: Slot) -> int:
         """Requests and streams in flight to a slot, those of workers that are leaving as well."""
+        return sum(sum(counts.values()) for _, counts in self._in_flight(route, slot))
+
+    def _in_flight(self, route: Route, slot: Slot) -> Iterator[tuple[Callable[[str], str], dict[str, int]]]:
+        """How to ask each process of HAProxy, and its requests to a slot by backend.
+
+        By the service, since a process that is leaving may know it by ports that it has no more.
+        """
         leaving = proxy_socket.master(self._ask_master("show proc")).leaving
-        answers = [
-            proxy_socket.ask(self._runtime, "show stat -1 4 -1"),
-            *(self._ask_master(f"@!{pid} show stat -1 4 -1") for pid in leaving),
+        ways = [
+            partial(proxy_socket.ask, self._runtime),
+            *(partial(self._ask_leaving, pid) for pid in leaving),
         ]
-        told = [proxy_socket.sessions(answer) for answer in answers]
-        return sum(counts.get((route.backend(bind), slot), 0) for counts in told for bind in route.binds)
+        for ask in ways:
+            found = proxy_socket.sessions(ask("show stat -1 4 -1"))
+            yield (
+                ask,
+                {
+                    backend: count
+                    for (backend, server), count in found.items()
+                    if server == slot and backend.rpartition(":")[0] == route.service
+                },
+            )
+
+    def _ask_leaving(self, pid: int, command: str) -> str:
+        return self._ask_master(f"@!{pid} {command}")
 
     def drain(self, route: Route, slot: Slot, limit_seconds: float) -> int:
         """Wait until a slot is idle, at the limit close what is left; returns how many were closed.
@@ -233,11 +250,9 @@ class Proxy:
         return True
 
     def _close(self, route: Route, slot: Slot) -> None:
-        for bind in route.binds:
-            command = f"shutdown sessions server {route.backend(bind)}/{slot}"
-            proxy_socket.ask(self._runtime, command)
-            for pid in proxy_socket.master(self._ask_master("show proc")).leaving:
-                self._ask_master(f"@!{pid} {command}")
+        for ask, backends in self._in_flight(route, slot):
+            for backend in backends:
+                ask(f"shutdown sessions server {backend}/{slot}")
 
     # -- the process -----------------------------------------------------------------------------
 
@@ -360,3 +375,11 @@ def _has_ipv6() -> bool:
         return bool(Path("/proc/net/if_inet6").read_text().strip())
     except OSError:
         return False
+
+
+def _refuse_rival(routes: Routes, route: Route) -> None:
+    if rival := routes.rival(route):
+        raise ProxyFailed(
+            f"service {rival.service} has host port {rival.binds[0].host_port} in the proxy; choose "
+            "another host_port, or give both services a hostname and either both or neither HTTPS"
+        )

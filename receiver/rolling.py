@@ -51,6 +51,10 @@ class RollingOperations(Operations):
         ports = {mapping.container_port: LOOPBACK_PORTS[0] for mapping in self._config.port_mappings}
         self.proxy.check(self._route_to(Target(container_id="", ports=ports)))
 
+    def _proxied_ports(self, entry: Entry) -> set[tuple[int, str]]:
+        """Those of other services, too: the proxy knows which of them can be shared by host name."""
+        return {(bind.host_port, "tcp") for route in self.proxy.routes().routes for bind in route.binds}
+
     @property
     def _config(self) -> DeploymentConfig:
         return self.entry.request.deployment_config

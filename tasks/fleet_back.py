@@ -15,7 +15,7 @@ from receiver.contract import ContainerVersion
 from tasks.errors import ParametersRefused
 from tasks.fleet_board import Board, Cell, Place, is_rollback, newest
 from tasks.fleet_plan import Unit
-from tasks.fleet_runs import runs_of_fleet
+from tasks.fleet_runs import runs_of_fleet, runs_that_lead
 from tasks.parameters import DeploymentParameters
 from tasks.records import Records
 from tasks.states import WorkflowRecord
@@ -99,6 +99,7 @@ async def board_of(fleet_id: str, records: Records) -> Board:
 async def _check_ended(fleet_id: str) -> None:
     runs = await runs_of_fleet(fleet_id)
     alive = [run.name for _, run in runs if run.state is not None and not run.state.is_final()]
+    alive += [run.name for run in await runs_that_lead(fleet_id)]
     if alive:
         raise ParametersRefused(
             "fleet_id",

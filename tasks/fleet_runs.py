@@ -17,8 +17,16 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    FlowRunFilterTags,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import arun_deployment
 from prefect.exceptions import ObjectNotFound, PrefectException
@@ -174,10 +182,24 @@ async def patiently(call: Callable[[], Awaitable[T]]) -> T:
         await asyncio.sleep(POLL_SECONDS)
 
 
-async def _runs_by_id(ids: Sequence[str]) -> dict[str, FlowRun]:
-    wanted = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(run_id) for run_id in ids]))
+async def runs_that_lead(fleet_id: str) -> list[FlowRun]:
+    """Runs of `deploy-fleet` that go on, also between two batches: the first, and those that resume it."""
+    begun = [StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
+    states = FlowRunFilterState(type=FlowRunFilterStateType(any_=begun))
+    flows = FlowFilter(name=FlowFilterName(any_=["deploy-fleet"]))
     async with get_client() as client:
-        return {str(run.id): run for run in await client.read_flow_runs(flow_run_filter=wanted)}
+        found = await client.read_flow_runs(flow_filter=flows, flow_run_filter=FlowRunFilter(state=states))
+    return [run for run in found if fleet_id in {str(run.id), str(run.parameters.get("resume"))}]
+
+
+async def _runs_by_id(ids: Sequence[str]) -> dict[str, FlowRun]:
+    found: dict[str, FlowRun] = {}
+    async with get_client() as client:
+        for at in range(0, len(ids), _PAGE):
+            part = [UUID(run_id) for run_id in ids[at : at + _PAGE]]
+            wanted = FlowRunFilter(id=FlowRunFilterId(any_=part))
+            found |= {str(run.id): run for run in await client.read_flow_runs(flow_run_filter=wanted)}
+    return found
 
 
 def _one_of_each_flow(runs: Sequence[FlowRun]) -> list[FlowRun]:

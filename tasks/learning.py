@@ -10,6 +10,7 @@ import asyncio
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import partial
 
 from prefect.deployments import run_deployment
@@ -55,7 +56,8 @@ async def request(image: ImageMetadata) -> None:
                 parameters={"image_id": image.image_id, "reference": image.reference},
                 timeout=0,
                 as_subflow=False,
-                idempotency_key=image.image_id,  # several hosts are given the same image
+                # Several hosts are given the same image; what failed is tried again the next day.
+                idempotency_key=f"{image.image_id}-{datetime.now(UTC):%Y-%m-%d}",
             )
     except Exception as exc:  # noqa: BLE001 - as above
         get_run_logger().warning("the image's layers will not be learnt now: %s", exc)

@@ -17,6 +17,7 @@ from typing import Any
 
 import docker
 from docker.errors import DockerException
+from urllib3.exceptions import HTTPError
 
 from tasks import push_engine, store
 from tasks.docker_archive import docker_archive
@@ -55,7 +56,15 @@ def push_export(image_id: str, reference: str, omitted: frozenset[str]) -> Gener
     with ExitStack() as in_use:
         try:
             pushed = _pushed(in_use, image_id, omitted)
-        except (DockerException, sqlite3.Error, OSError) as exc:
+        except (
+            DockerException,
+            HTTPError,
+            sqlite3.Error,
+            OSError,
+            LookupError,
+            TypeError,
+            ValueError,
+        ) as exc:
             raise PushUnsuitable(f"the push could not be prepared or read: {exc}") from exc
         yield from docker_archive(reference, pushed.config, pushed.layers, pushed.files)
 

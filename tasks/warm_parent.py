@@ -107,14 +107,15 @@ class Parent:
         return None
 
     def _take(self, ready: Any) -> Asked | None:
+        """What is ready may be gone by something else that was ready with it."""
         if ready is self.listener:
-            return self._answer()
+            return None if self.is_closing else self._answer()
         if ready == self.worker:
             self._close()
         elif isinstance(ready, int):
             self._reap(self.runs.pop(ready))
-        else:
-            self._hear(next(run for run in self.runs.values() if run.starter is ready))
+        elif run := next((run for run in self.runs.values() if run.starter is ready), None):
+            self._hear(run)
         return None
 
     def _close(self) -> None:
@@ -163,6 +164,7 @@ class Parent:
         return alike and lasting(asked.environment) == self.environment and _is_single_threaded()
 
     def _fork(self, asked: Asked, starter: socket.socket) -> Asked | None:
+        send(starter, "started")  # before it is: whoever has given up meanwhile gets no run
         pid = os.fork()
         if not pid:
             self._forget_all(starter)
@@ -173,7 +175,6 @@ class Parent:
         self.runs[run.process] = run
         self._selector.register(run.process, selectors.EVENT_READ)
         self._selector.register(starter, selectors.EVENT_READ)
-        send(starter, "started")
         return None
 
     def _forget_all(self, starter: socket.socket) -> None:

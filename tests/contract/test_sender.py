@@ -110,7 +110,7 @@ async def test_a_finished_package_is_announced_at_once(app: FastAPI) -> None:
     wire = Wire(app)
     _, status = await send(wire, await opened(Caller(app)), Growing(here=len(PACKAGE)))
     assert status.state is HostState.READY
-    assert wire.calls[:3] == ["POST", "HEAD", "PATCH"]
+    assert wire.calls[:4] == ["HEAD", "POST", "HEAD", "PATCH"]
 
 
 @pytest.mark.parametrize("loses_answers", [False, True], ids=["calls are lost", "answers are lost"])

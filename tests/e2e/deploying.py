@@ -108,20 +108,28 @@ class Service:
 
 
 def prefect_api(lab: Lab, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-    """One call of the Prefect API from the control side; 503 means that its SQLite file was busy."""
+    """One call of the Prefect API from the control side.
+
+    503, and no answer for long, mean that its SQLite file was busy; what only reads is asked again.
+    """
 
     def call() -> lab_http.Response | None:
-        answer = lab_http.request(
-            lab.control.namespace,
-            method,
-            f"{lab.environment['PREFECT_API_URL']}{path}",
-            body=json.dumps(body).encode() if body is not None else None,
-            headers={"Content-Type": "application/json"},
-            timeout_seconds=20,
-        )
+        try:
+            answer = lab_http.request(
+                lab.control.namespace,
+                method,
+                f"{lab.environment['PREFECT_API_URL']}{path}",
+                body=json.dumps(body).encode() if body is not None else None,
+                headers={"Content-Type": "application/json"},
+                timeout_seconds=20,
+            )
+        except TimeoutError:
+            if method != "GET":
+                raise
+            return None
         return None if answer.status == 503 else answer
 
-    answer = wait_for(call, f"{method} {path}", seconds=30)
+    answer = wait_for(call, f"{method} {path}", seconds=70)
     assert answer.status < 400, f"{method} {path}: {answer.status} {answer.text}"
     return answer.json()
 

@@ -94,7 +94,7 @@ def test_cancelling_stops_the_build_and_ends_the_workflow(service: Service) -> N
     prefect_api(service.lab, "POST", f"/flow_runs/{run_id}/set_state", body)
     ended = wait_for_state(service, run_id, "FAILED")
     assert "cancelled" in ended["error_message"]
-    assert processes_of(run_id) == []
+    wait_for(lambda: not processes_of(run_id), "the run's processes to end")
     wait_for(lambda: not engine.containers.list(), "the build has stopped")
     assert events_of(service.lab, run_id)[-1] == "DEPLOYMENT_DLQ"
 
