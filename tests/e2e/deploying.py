@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from docker.models.containers import Container
 
@@ -110,7 +111,8 @@ class Service:
 def prefect_api(lab: Lab, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
     """One call of the Prefect API from the control side.
 
-    503, and no answer for long, mean that its SQLite file was busy; what only reads is asked again.
+    503, and no answer for long, mean that its SQLite file was busy: it is asked again. So a body that
+    makes something has to have an idempotency key.
     """
 
     def call() -> lab_http.Response | None:
@@ -124,12 +126,10 @@ def prefect_api(lab: Lab, method: str, path: str, body: Mapping[str, Any] | None
                 timeout_seconds=20,
             )
         except TimeoutError:
-            if method != "GET":
-                raise
             return None
         return None if answer.status == 503 else answer
 
-    answer = wait_for(call, f"{method} {path}", seconds=70)
+    answer = wait_for(call, f"{method} {path}", seconds=120)
     assert answer.status < 400, f"{method} {path}: {answer.status} {answer.text}"
     return answer.json()
 
@@ -137,7 +137,11 @@ def prefect_api(lab: Lab, method: str, path: str, body: Mapping[str, Any] | None
 def start_run(lab: Lab, deployment: str, parameters: Mapping[str, Any]) -> str:
     """Start `<flow>/<name>`; returns the flow run's id."""
     known = prefect_api(lab, "GET", f"/deployments/name/{deployment}")
-    body = {"parameters": dict(parameters), "state": {"type": "SCHEDULED"}}
+    body = {
+        "parameters": dict(parameters),
+        "state": {"type": "SCHEDULED"},
+        "idempotency_key": str(uuid4()),
+    }
     return str(prefect_api(lab, "POST", f"/deployments/{known['id']}/create_flow_run", body)["id"])
 
 
