@@ -15,7 +15,7 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
 from deployments.setup_items import Item, SetupRefused, item
-from tasks.active import SLOTS
+from tasks.active import DEFAULT_SLOTS, SLOTS
 
 CONTROL_POOL = "control"
 DOCKER_TEMPLATE = Path(__file__).with_name("work_pools") / "docker.json"
@@ -75,7 +75,7 @@ async def deployment_limit(limit: int) -> Item:
 
 def max_concurrent_deployments(environ: Mapping[str, str] = os.environ) -> int:
     """`MAX_CONCURRENT_DEPLOYMENTS`, by default 5; raises `SetupRefused`."""
-    told = environ.get("MAX_CONCURRENT_DEPLOYMENTS", "").strip() or "5"
+    told = environ.get("MAX_CONCURRENT_DEPLOYMENTS", "").strip() or str(DEFAULT_SLOTS)
     if not re.fullmatch(r"[1-9][0-9]{0,3}", told):
         raise SetupRefused(f"MAX_CONCURRENT_DEPLOYMENTS={told!r}: give a whole number from 1 to 9999")
     return int(told)

@@ -9,9 +9,9 @@ from typing import Any
 
 from prefect import State, flow
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
 
 from flows import ending, reconcile
+from flows.naming import deployment_name
 from receiver.contract import (
     DEFAULT_PORT,
     ContainerName,
@@ -41,18 +41,12 @@ from tasks.parameters import (
 )
 from tasks.results import DeploymentResult
 from tasks.states import WorkflowState
-from tasks.wording import on_host
 from tasks.workflow import CONFIG_DIGEST, Workflow, open_workflow
 
 _SLOWEST_UPLOAD_BYTES_PER_SECOND = 1_000_000
 
 
-def _run_name() -> str:
-    asked = flow_run.parameters
-    return on_host(f"{asked['container_name']}:{asked.get('image_tag', 'latest')}", asked["remote_host"])
-
-
-@flow(name="deploy-container", flow_run_name=_run_name, persist_result=True)
+@flow(name="deploy-container", flow_run_name=deployment_name, persist_result=True)
 async def deploy_container(
     container_name: ContainerName,
     remote_host: RemoteHostName,

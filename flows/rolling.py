@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import State, flow
-from prefect.runtime import flow_run
 
 from flows.deploy import deploy
+from flows.naming import deployment_name
 from receiver.contract import (
     DEFAULT_PORT,
     ContainerName,
@@ -30,13 +30,10 @@ from tasks.parameters import (
     default_timeout_ms,
     rolling,
 )
-from tasks.wording import on_host
 
 
 def _run_name() -> str:
-    asked = flow_run.parameters
-    what = f"{asked['container_name']}:{asked.get('image_tag', 'latest')}"
-    return f"roll {on_host(what, asked['remote_host'])}"
+    return f"roll {deployment_name()}"
 
 
 @flow(name="rolling-update", flow_run_name=_run_name, persist_result=True)

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import logging
 import re
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -26,6 +25,7 @@ from docker.types import Mount
 
 from receiver import contract
 from receiver.archive import ArchiveDamaged, ArchivedImage, checked_package
+from receiver.binding import bind_error
 from receiver.contract import DeploymentConfig, ImageAnnouncement, PackageAnnouncement, PortMapping
 from receiver.engine_store import has_containerd_store
 
@@ -58,7 +58,6 @@ class EngineInfo:
     os: str
     data_root: str
     storage_driver: str = ""
-    has_containerd_store: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,6 @@ class Engine:
             answer["Os"],
             told.get("DockerRootDir", "/var/lib/docker"),
             told.get("Driver", ""),
-            has_containerd_store(told),
         )
 
     # -- images ----------------------------------------------------------------------------------
@@ -499,16 +497,8 @@ def _bound_ports(container: Container) -> set[tuple[int, str]]:
 
 
 def _check_port_free(mapping: PortMapping) -> None:
-    kind = socket.SOCK_DGRAM if mapping.protocol == "udp" else socket.SOCK_STREAM
-    family = socket.AF_INET6 if mapping.host_ip and ":" in mapping.host_ip else socket.AF_INET
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((mapping.host_ip or "", mapping.host_port))
-        except PermissionError:
-            return  # a low port and no privilege: the engine will tell
-        except OSError as exc:
-            raise PortTaken(
-                f"host port {mapping.host_port}/{mapping.protocol} is taken on this host ({exc.strerror}); "
-                "stop what holds it (ss -lnp) or choose another host_port"
-            ) from exc
+    if error := bind_error(mapping.host_port, mapping.protocol, mapping.host_ip):
+        raise PortTaken(
+            f"host port {mapping.host_port}/{mapping.protocol} is taken on this host ({error.strerror}); "
+            "stop what holds it (ss -lnp) or choose another host_port"
+        ) from error

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import requests.exceptions
 from docker.errors import APIError, NotFound
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from receiver.rolling import RollingOperations
 
 RESTORE_STAGE = "rollback"
+NEVER = {"Name": "no", "MaximumRetryCount": 0}  # the restart policy of what is to stay down
 FAILED_STOP_GRACE_SECONDS = 5
 RESTORED_QUIET_SECONDS = 1.0
 UNFINISHED = (
@@ -153,6 +154,9 @@ def steps_of(settings: ReceiverSettings, ledger: Ledger, engine: Engine, deploym
 @dataclass(frozen=True)
 class Operations:
     """The steps of one deployment, under the specification's operation names."""
+
+    starts_from: ClassVar[HostState] = HostState.SWITCHING
+    is_proven_in: ClassVar[HostState] = HostState.VALIDATING
 
     settings: ReceiverSettings
     ledger: Ledger
@@ -326,7 +330,7 @@ class Operations:
             entry = self._record_undo(entry)
         previous, name = entry.facts.previous_container_id, entry.request.container_name
         if previous is not None:
-            self.engine.set_restart_policy(previous, {"Name": "no", "MaximumRetryCount": 0})
+            self.engine.set_restart_policy(previous, NEVER)
             self.engine.stop(previous, entry.request.deployment_config.stop_timeout_seconds)
             self._entry_in(HostState.SWITCHING)
         self.proxy.remove_route(name)  # the new container publishes the ports itself
@@ -356,29 +360,32 @@ class Operations:
         )
 
     async def start_container(self) -> None:
-        """Give the new container its name and start it."""
-        self._entry_in(HostState.SWITCHING, HostState.VALIDATING)
+        """Start the new container, under its name where that is free."""
+        self._entry_in(self.starts_from, HostState.VALIDATING)
         async with self._step("start_container", Stage.DEPLOY):
             await self._in_turn(self._start)
 
     def _start(self) -> None:
-        entry = self._entry_in(HostState.SWITCHING, HostState.VALIDATING)
+        entry = self._entry_in(self.starts_from, HostState.VALIDATING)
         if entry.state is HostState.VALIDATING:
             return
         container_id = required(entry.facts.container_id)
-        self.engine.rename(container_id, entry.request.container_name)
+        self._take_name(container_id)
         try:
             self.engine.start(container_id)
         except APIError as exc:
-            self._gate("container_started_without_errors", Stage.DEPLOY, passed=False, message=said(exc))
-            raise StepFailed(f"the container does not start: {said(exc)}") from exc
+            self._gate("container_started_without_errors", Stage.DEPLOY, passed=False, message=_said(exc))
+            raise StepFailed(f"the container does not start: {_said(exc)}") from exc
         self._gate("container_started_without_errors", Stage.DEPLOY, passed=True)
         self.ledger.move(
             self.deployment_id,
             HostState.VALIDATING,
             container_started_at=self.engine.state(container_id).started_at,
-            host_port=first_host_port(entry),
+            host_port=_first_host_port(entry),
         )
+
+    def _take_name(self, container_id: str) -> None:
+        self.engine.rename(container_id, self.entry.request.container_name)
 
     # -- stage 4 ---------------------------------------------------------------------------------
 
@@ -493,7 +500,7 @@ class Operations:
 
     async def keep(self) -> None:
         """The new container is proven: it stays."""
-        if self._entry_in(HostState.VALIDATING, HostState.KEPT).state is not HostState.KEPT:
+        if self._entry_in(self.is_proven_in, HostState.KEPT).state is not HostState.KEPT:
             await self._check_running()
             tail = await asyncio.to_thread(self.engine.log_tail, required(self.entry.facts.container_id))
             self.ledger.move(self.deployment_id, HostState.KEPT, log_tail=tail)
@@ -549,7 +556,7 @@ class Operations:
             try:
                 restored = await self._undo_patiently(self.entry.undo or Undo())
             except (APIError, NotFound, health.ContainerUnwell, StepFailed, ProxyFailed) as exc:
-                cause = f"the previous container could not be restored: {said(exc)}"
+                cause = f"the previous container could not be restored: {_said(exc)}"
                 self.ledger.move(
                     self.deployment_id,
                     HostState.RESTORE_FAILED,
@@ -652,7 +659,7 @@ class Operations:
 
     def _retreat(self, container_id: str) -> None:
         name = self.entry.request.container_name
-        self.engine.set_restart_policy(container_id, {"Name": "no", "MaximumRetryCount": 0})
+        self.engine.set_restart_policy(container_id, NEVER)
         self.engine.stop(container_id, FAILED_STOP_GRACE_SECONDS)
         if tail := self.engine.log_tail(container_id):
             self.ledger.note(self.deployment_id, log_tail=tail)
@@ -668,7 +675,10 @@ class Operations:
         if undo.was_running:
             self.engine.start(previous)
         if undo.route:
-            self.proxy.set_route(Route.model_validate(undo.route))
+            self._route_back(Route.model_validate(undo.route), is_up=undo.was_running)
+
+    def _route_back(self, before: Route, *, is_up: bool) -> None:
+        self.proxy.set_route(before)
 
     async def _check_previous(self, container_id: str) -> None:
         """The restored container runs, and a moment later is still the same process."""
@@ -711,7 +721,7 @@ def _check_survives_its_stop(current: Container | None) -> None:
         )
 
 
-def first_host_port(entry: Entry) -> int | None:
+def _first_host_port(entry: Entry) -> int | None:
     """Where people reach the service."""
     mappings = entry.request.deployment_config.port_mappings
     return next((mapping.host_port for mapping in mappings if mapping.protocol == "tcp"), None)
@@ -728,6 +738,6 @@ def required(value: str | None) -> str:
     return value
 
 
-def said(exc: Exception) -> str:
+def _said(exc: Exception) -> str:
     """The engine's own words, without the HTTP wrapping."""
     return str(exc.explanation) if isinstance(exc, APIError) and exc.explanation else str(exc)

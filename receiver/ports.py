@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast
 
+from receiver.binding import bind_error
 from receiver.contract import HostPort
 from receiver.engine import PublishedPort
 
@@ -46,7 +46,7 @@ def look_at(wanted: Wanted, published: Sequence[PublishedPort]) -> HostPort:
             container_name=by.container_name,
         )
     inodes = set(_listeners(port, protocol))
-    if not inodes and _binds(port, protocol):
+    if not inodes and bind_error(port, protocol) is None:
         return HostPort(port=port, protocol=protocol, free=True)
     return HostPort(port=port, protocol=protocol, free=False, holder=_process_with(inodes))
 
@@ -69,17 +69,3 @@ def _process_with(inodes: set[str]) -> str | None:
             if any(str(opened.readlink()) in sockets for opened in (process / "fd").iterdir()):
                 return f"{(process / 'comm').read_text().strip()} (pid {process.name})"
     return None
-
-
-def _binds(port: int, protocol: str) -> bool:
-    """True when a socket can be bound now, or when only the engine may say (a low port, no privilege)."""
-    kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except PermissionError:
-            return True
-        except OSError:
-            return False
-    return True

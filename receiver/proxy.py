@@ -1,7 +1,7 @@
 """HAProxy on the host: started and kept, told which container serves, asked whether an old one is idle.
 
 Routes are written to disk before HAProxy is told, so that they outlive it. Whoever changes one holds the
-proxy's lock; only the daemon starts HAProxy (`Keeper`), which outlives the daemon. Imports no Docker.
+proxy's lock; only the daemon starts HAProxy (`keep_running`), which outlives the daemon. Imports no Docker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from receiver import proxy_socket
+from receiver.binding import bind_error
 from receiver.proxy_socket import Master, ProxySilent
 from receiver.proxy_socket import ProxyFailed as ProxyFailed
 from receiver.routes import SLOTS, Bind, Route, Routes, Slot, configuration, digest, port_of
@@ -97,7 +97,7 @@ class Proxy:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """One process changes routes, or chooses loopback ports, at a time."""
+        """One process changes routes at a time."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -347,16 +347,7 @@ def _wait_until_free(binds: Iterable[Bind]) -> None:
 
 
 def _is_held(bind: Bind) -> bool:
-    family = socket.AF_INET6 if bind.host_ip and ":" in bind.host_ip else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((bind.host_ip or "", bind.host_port))
-        except PermissionError:
-            return False
-        except OSError:
-            return True
-    return False
+    return bind_error(bind.host_port, host_ip=bind.host_ip) is not None
 
 
 def _write(path: Path, text: str) -> None:

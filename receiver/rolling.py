@@ -12,21 +12,19 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
 
-from docker.errors import APIError
 from docker.models.containers import Container
 
+from receiver.binding import bind_error
 from receiver.contract import LABEL_DEPLOYMENT, DeploymentConfig, HostState, PortMapping, Stage
 from receiver.engine import LOOPBACK
 from receiver.ledger import Entry, Undo, utc_now
 from receiver.operations import (
+    NEVER,
     Operations,
     StepFailed,
     aside_name,
-    first_host_port,
     required,
-    said,
 )
 from receiver.routes import Route, Target, route_for
 
@@ -34,12 +32,14 @@ from receiver.routes import Route, Target, route_for
 LOOPBACK_PORTS = range(20_000, 32_000)
 RESTORE_DRAIN_SECONDS = 30
 _ANSWER_SECONDS = 10.0
-_NEVER = {"Name": "no", "MaximumRetryCount": 0}
 S = HostState
 
 
 class RollingOperations(Operations):
     """The steps of a rolling deployment; those not named here are taken as for `recreate`."""
+
+    starts_from = S.PREPARED
+    is_proven_in = S.DRAINING
 
     # -- stage 3 ---------------------------------------------------------------------------------
 
@@ -78,29 +78,8 @@ class RollingOperations(Operations):
         ]
         return self._config.model_copy(update={"port_mappings": mappings})
 
-    async def start_container(self) -> None:
-        """Start the new container beside the old one, which serves."""
-        self._entry_in(S.PREPARED, S.VALIDATING)
-        async with self._step("start_container", Stage.DEPLOY):
-            await self._in_turn(self._start)
-
-    def _start(self) -> None:
-        entry = self._entry_in(S.PREPARED, S.VALIDATING)
-        if entry.state is S.VALIDATING:
-            return
-        container_id = required(entry.facts.container_id)
-        try:
-            self.engine.start(container_id)
-        except APIError as exc:
-            self._gate("container_started_without_errors", Stage.DEPLOY, passed=False, message=said(exc))
-            raise StepFailed(f"the container does not start: {said(exc)}") from exc
-        self._gate("container_started_without_errors", Stage.DEPLOY, passed=True)
-        self.ledger.move(
-            self.deployment_id,
-            S.VALIDATING,
-            container_started_at=self.engine.state(container_id).started_at,
-            host_port=first_host_port(entry),
-        )
+    def _take_name(self, container_id: str) -> None:
+        """Not yet: it starts beside the old one, which serves."""
 
     # -- stage 4 ---------------------------------------------------------------------------------
 
@@ -141,7 +120,7 @@ class RollingOperations(Operations):
 
     def _free_public_ports(self, previous: str) -> None:
         """The old container publishes them itself, as `recreate` made it: once, there is a gap."""
-        self.engine.set_restart_policy(previous, _NEVER)
+        self.engine.set_restart_policy(previous, NEVER)
         self.engine.stop(previous, self._config.stop_timeout_seconds)
 
     def _target(self, container_id: str) -> Target:
@@ -151,10 +130,7 @@ class RollingOperations(Operations):
         """The service's route as this deployment wants it, in the slot beside the one that serves."""
         service = self.entry.request.container_name
         fresh, known = route_for(service, self._config, target), self.proxy.route(service)
-        if known is None:
-            return fresh
-        kept = {"active": known.active, "a": known.a, "b": known.b}
-        return fresh.model_copy(update=kept).leading_to(target)
+        return fresh.with_slots_of(known).leading_to(target) if known else fresh
 
     def _exchange_names(self, previous: str | None, container_id: str) -> None:
         name = self.entry.request.container_name
@@ -194,15 +170,8 @@ class RollingOperations(Operations):
         }
         previous = entry.undo.previous_container_id if entry.undo else None
         for other in ({previous} if previous else set()) | others - {entry.facts.container_id}:
-            self.engine.set_restart_policy(other, _NEVER)
+            self.engine.set_restart_policy(other, NEVER)
             self.engine.stop(other, self._config.stop_timeout_seconds)
-
-    async def keep(self) -> None:
-        """The new container is proven and serves alone: it stays."""
-        if self._entry_in(S.DRAINING, S.KEPT).state is not S.KEPT:
-            await self._check_running()
-            tail = await asyncio.to_thread(self.engine.log_tail, required(self.entry.facts.container_id))
-            self.ledger.move(self.deployment_id, S.KEPT, log_tail=tail)
 
     # -- the way back ----------------------------------------------------------------------------
 
@@ -228,23 +197,17 @@ class RollingOperations(Operations):
             self.engine.rename(str(made.id), aside_name(name, "failed", str(made.id)))
         if not undo.route:
             self.proxy.remove_route(name)  # before the old one: it publishes the ports itself
-        if previous is None:
-            return
-        self.engine.rename(previous, name)
-        self.engine.set_restart_policy(previous, undo.restart_policy or {"Name": "unless-stopped"})
-        if undo.was_running:
-            self.engine.start(previous)
-        if undo.route:
-            self._route_back(Route.model_validate(undo.route), is_up=undo.was_running)
+        if previous is not None:
+            self._bring_back(previous, undo)
 
     def _route_back(self, before: Route, *, is_up: bool) -> None:
+        """Once the old one answers, in whichever slot it has by now."""
         serving, now = before.serving, self.proxy.route(before.service)
         if serving is None:
             raise StepFailed(f"the route of {before.service} led nowhere before")
         if is_up:
             _wait_until(lambda: all(_answers(port) for port in serving.ports.values()), _ANSWER_SECONDS)
-        kept: dict[str, Any] = {"active": now.active, "a": now.a, "b": now.b} if now else {}
-        self.proxy.set_route(before.model_copy(update=kept).leading_to(serving))
+        self.proxy.set_route((before.with_slots_of(now) if now else before).leading_to(serving))
 
 
 def _free_ports(count: int, promised: set[int]) -> list[int]:
@@ -252,19 +215,9 @@ def _free_ports(count: int, promised: set[int]) -> list[int]:
     for port in random.sample(LOOPBACK_PORTS, len(LOOPBACK_PORTS)):
         if len(found) == count:
             return found
-        if port not in promised and not _is_taken(port):
+        if port not in promised and bind_error(port, host_ip=LOOPBACK) is None:
             found.append(port)
     raise StepFailed(f"no loopback port from {LOOPBACK_PORTS[0]} to {LOOPBACK_PORTS[-1]} is free")
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, port))
-        except OSError:
-            return True
-    return False
 
 
 def _answers(port: int) -> bool:

@@ -96,6 +96,10 @@ class Route(_Model):
         """Name of the backend of one public port."""
         return f"{self.service}:{bind.host_port}"
 
+    def with_slots_of(self, other: Route) -> Route:
+        """The same route with what another state of it has in the slots."""
+        return self.model_copy(update={"active": other.active, "a": other.a, "b": other.b})
+
     def leading_to(self, target: Target) -> Route:
         """The same service with another container active: in its own slot if it has one."""
         slot = self.slot_of(target.container_id) or _other(self.active)

@@ -25,6 +25,7 @@ from tasks.records import Records
 from tasks.schema import make_engine
 
 SLOTS = "gantry-deployments"
+DEFAULT_SLOTS = 5
 SLOT_LEASE_SECONDS = 60
 POLL_SECONDS = 1.0
 SETTLING_SECONDS = 60.0

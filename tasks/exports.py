@@ -15,12 +15,11 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from docker import DockerClient
 from docker.errors import DockerException, ImageNotFound
 from requests.exceptions import RequestException
 from urllib3.exceptions import HTTPError
 
-from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, Readable, rebuilt
+from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, rebuilt
 from tasks import builder
 from tasks.errors import TransferFailed
 from tasks.push_export import push_export
@@ -90,35 +89,30 @@ def _begun(blocks: Generator[bytes]) -> Generator[bytes]:
 
 def save_export(image_id: str, reference: str, omitted: frozenset[str]) -> Generator[bytes]:
     """By the engine's `save`, which reads the whole image. Raises `ExportFailed`."""
-    with _export_errors(image_id):
-        client = builder.connect()
-        try:
-            layers = list(client.images.get(image_id).attrs["RootFS"].get("Layers") or ())
-            known = _KnownLayers(layers, omitted)
-            with closing(_saved(client, image_id, reference)) as saved:
-                yield from rebuilt(cast("Readable", _Blocks(saved)), _checks(layers, omitted), known.is_one)
-        finally:
-            client.close()
+    with _saved(image_id, reference) as (archive, layers):
+        yield from rebuilt(archive, _checks(layers, omitted), _KnownLayers(layers, omitted).is_one)
 
 
 def read_config_digest(image_id: str, reference: str) -> str:
     """The image's config digest, for engines whose image id is another: read from a whole export."""
     found: list[ArchivedImage] = []
-    with _export_errors(image_id):
-        client = builder.connect()
-        try:
-            with closing(_saved(client, image_id, reference)) as saved:
-                for _ in rebuilt(cast("Readable", _Blocks(saved)), found.append):
-                    pass
-        finally:
-            client.close()
+    with _saved(image_id, reference) as (archive, _):
+        for _ in rebuilt(archive, found.append):
+            pass
     return found[0].config_digest
 
 
-def _saved(client: DockerClient, image_id: str, reference: str) -> Generator[bytes]:
-    """By its name, unless that was given to another image meanwhile: then nameless, and named by the host."""
-    name = reference if reference in client.images.get(image_id).tags else image_id
-    return cast("Generator[bytes]", client.api.get_image(name, BLOCK_BYTES))
+@contextmanager
+def _saved(image_id: str, reference: str) -> Iterator[tuple[_Blocks, list[str]]]:
+    """What the engine saves, and the image's diff ids; errors within are `ExportFailed`.
+
+    By the image's name, unless that was given to another one meanwhile: then nameless, and named by the host.
+    """
+    with _export_errors(image_id), closing(builder.connect()) as client:
+        image = client.images.get(image_id)
+        name = reference if reference in image.tags else image_id
+        with closing(cast("Generator[bytes]", client.api.get_image(name, BLOCK_BYTES))) as blocks:
+            yield _Blocks(blocks), list(image.attrs["RootFS"].get("Layers") or ())
 
 
 def _checks(layers: list[str], omitted: frozenset[str]) -> Callable[[ArchivedImage], None]:

@@ -19,14 +19,13 @@ from blocks.receiver_client import ReceiverError
 from blocks.records_database import find_records_url
 from blocks.remote_host import find_remote_host, saved_host_names
 from tasks import fleet_plan, fleet_services, precheck
-from tasks.active import SLOTS
+from tasks.active import DEFAULT_SLOTS, SLOTS
 from tasks.errors import ParametersRefused
 from tasks.fleet_board import SERVING, Board, Cell, Place, is_deployed, newest
 from tasks.fleet_plan import FleetParameters, OnUnreachable
 from tasks.records import Records
 
 _ASKED_AT_ONCE = 32
-_WITHOUT_LIMIT = 5  # what MAX_CONCURRENT_DEPLOYMENTS is when nobody says anything
 
 
 @dataclass
@@ -92,8 +91,8 @@ async def slots() -> int:
         try:
             found = await client.read_global_concurrency_limit_by_name(SLOTS)
         except ObjectNotFound:
-            return _WITHOUT_LIMIT
-    return max(1, found.limit) if found.active else _WITHOUT_LIMIT
+            return DEFAULT_SLOTS
+    return max(1, found.limit) if found.active else DEFAULT_SLOTS
 
 
 async def _first_run(resume: str) -> tuple[str, FleetParameters]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import asyncio
+from collections import defaultdict
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 
@@ -11,7 +12,6 @@ from prefect.logging import get_run_logger
 from blocks.remote_host import RemoteHost, find_remote_host
 from receiver.contract import HostState
 from tasks.records import Records
-from tasks.states import WorkflowRecord
 
 _LOOKED_BACK = timedelta(days=1)
 
@@ -19,21 +19,21 @@ _LOOKED_BACK = timedelta(days=1)
 async def give_up_forgotten(records: Records) -> list[str]:
     """Have the hosts of the last day's failures drop what waits there to be deployed; the workflows' ids.
 
-    A host that is still silent is asked the next time.
+    All are asked at once; one that is still silent is asked the next time.
     """
-    failed = sorted(await records.failed_since(datetime.now(UTC) - _LOOKED_BACK), key=_host_of)
-    given_up: list[str] = []
-    for (name, port), group in itertools.groupby(failed, key=_host_of):
-        ids = {record.workflow_id for record in group}
-        try:
-            given_up += await _give_up(await find_remote_host(name, port), ids)
-        except Exception as exc:  # noqa: BLE001 - such as a host whose key is gone: the others are asked
-            get_run_logger().warning("%s: %s", name, exc)
-    return given_up
+    failed = defaultdict[tuple[str, int], set[str]](set)
+    for record in await records.failed_since(datetime.now(UTC) - _LOOKED_BACK):
+        failed[record.remote_host, record.remote_port].add(record.workflow_id)
+    found = await asyncio.gather(*(_ask(name, port, ids) for (name, port), ids in failed.items()))
+    return [workflow_id for given_up in found for workflow_id in given_up]
 
 
-def _host_of(record: WorkflowRecord) -> tuple[str, int]:
-    return record.remote_host, record.remote_port
+async def _ask(name: str, port: int, failed: Collection[str]) -> list[str]:
+    try:
+        return await _give_up(await find_remote_host(name, port), failed)
+    except Exception as exc:  # noqa: BLE001 - such as a host whose key is gone: the others are asked
+        get_run_logger().warning("%s: %s", name, exc)
+        return []
 
 
 async def _give_up(host: RemoteHost, failed: Collection[str]) -> list[str]:

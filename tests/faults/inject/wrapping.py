@@ -112,7 +112,7 @@ def _operations(module: ModuleType) -> None:
 
 
 def _rolling(module: ModuleType) -> None:
-    for name in ("start_container", "switch_traffic", "drain_existing_container", "stop_existing_container"):
+    for name in ("switch_traffic", "drain_existing_container", "stop_existing_container"):
         steps = module.RollingOperations
         setattr(steps, name, _told_operation(name, getattr(steps, name)))
 
