@@ -7,6 +7,7 @@ authenticated the bytes. Must never import Prefect.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import threading
@@ -42,6 +43,7 @@ from receiver.ledger import Entry, Ledger, utc_now
 from receiver.metrics import Metrics, count_deployments
 from receiver.operations import Host, loaded_bytes
 from receiver.packages import Bytes, OmittedLayersUnknown, PackageMismatch, Packages, held_bytes
+from receiver.preload import Preloads
 from receiver.proxy import Proxy, ProxyFailed, ProxyMissing
 from receiver.settings import ReceiverSettings
 
@@ -123,6 +125,7 @@ class Service:
     settings: ReceiverSettings
     ledger: Ledger
     packages: Packages
+    preloads: Preloads
     engine: EngineLink
     metrics: Metrics
 
@@ -206,9 +209,18 @@ class Service:
         """Run the guardian, once the engine answers."""
         await Guardian(await self.host(), tell=self.metrics.count_guardian_action).run()
 
+    async def load_ahead(self, deployment_id: str, held_bytes: int) -> None:
+        """Give the engine a package that arrives, where that is worth it."""
+        if self.preloads.is_due(deployment_id, held_bytes):
+            part = self.packages.part(deployment_id)
+            with contextlib.suppress(EngineUnreachable, OSError):
+                await self.engine.ask(lambda engine: self.preloads.begin(deployment_id, part, engine))
+
     async def sweep(self) -> None:
-        """Clear up packages."""
+        """Clear up packages, and what the engine was given ahead for a deployment that never used it."""
         await self.packages.sweep()
+        if left := await asyncio.to_thread(self.preloads.left):
+            await self.engine.ask(lambda engine: self.preloads.clear(left, engine))
 
     async def keep_proxy(self) -> None:
         """Start HAProxy when a service needs it and it does not run; it outlives this daemon."""
@@ -316,6 +328,7 @@ async def take_chunk(deployment_id: str, request: Request, service: TheService) 
         service.metrics.count_package("rejected")
         raise
     service.metrics.count_upload(offset, len(chunk))
+    await service.load_ahead(deployment_id, new_offset)
     entry = await asyncio.to_thread(service.ledger.get, deployment_id)
     if entry.state is not HostState.RECEIVING:
         service.metrics.count_package("ready")
@@ -375,9 +388,9 @@ def create_app(
     book = ledger or Ledger(settings.ledger_path)
     metrics = Metrics(access.REASONS)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
-    app.state.service = Service(
-        settings, book, Packages(settings, book), EngineLink(settings, engine), metrics
-    )
+    preloads = Preloads(settings.packages_dir, book)
+    link = EngineLink(settings, engine)
+    app.state.service = Service(settings, book, Packages(settings, book), preloads, link, metrics)
     app.include_router(router)
     app.include_router(versions.router)
     app.include_router(report.router)

@@ -24,6 +24,7 @@ from zstandard import ZstdDecompressor, ZstdError
 from receiver.contract import ImageAnnouncement, PackageAnnouncement, PackageFormat
 
 MANIFEST = "manifest.json"
+_NAMES = "repositories"  # what Docker before 1.10 reads instead
 BLOCK_BYTES = 1024 * 1024
 _MAX_WINDOW_BYTES = 8 * 1024 * 1024  # what zstd may ask to keep in memory
 _MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
@@ -48,6 +49,13 @@ class Readable(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """At most `size` bytes; none at the end."""
+
+
+class Rewindable(Readable, Protocol):
+    """One that can begin anew."""
+
+    def seek(self, offset: int, /) -> object:
+        """Go on from there."""
 
 
 @dataclass
@@ -102,11 +110,13 @@ def rebuilt(
     stream: Readable,
     check: Callable[[ArchivedImage], None],
     is_dropped: Callable[[tarfile.TarInfo, Mapping[str, bytes]], bool] = lambda _member, _documents: False,
+    *,
+    nameless: bool = False,
 ) -> Iterator[bytes]:
     """The archive again, without the members that are dropped; its end comes only once `check` has passed.
 
-    `is_dropped` sees each member before its bytes, and the JSON documents that went by. Raises
-    `ArchiveDamaged`, and what `check` raises.
+    `is_dropped` sees each member before its bytes, and the JSON documents that went by. A `nameless` archive
+    gives the image no name. Raises `ArchiveDamaged`, and what `check` raises.
     """
     contents = ArchiveContents()
     documents: dict[str, bytes] = {}
@@ -115,7 +125,10 @@ def rebuilt(
         for member in archive:
             if not (member.isreg() or member.isdir() or member.issym()):
                 raise ArchiveDamaged(f"{member.name} is neither file, folder nor link")
-            if is_dropped(member, documents):
+            if is_dropped(member, documents) or (nameless and member.name == _NAMES):
+                continue
+            if nameless and member.name == MANIFEST:
+                yield from _nameless_manifest(archive, member, contents)
                 continue
             yield member.tobuf(tarfile.GNU_FORMAT)
             yield from _content(archive, member, contents, documents)
@@ -153,6 +166,20 @@ def _content(
         contents.manifest = bytes(kept) if member.name == MANIFEST else contents.manifest
 
 
+def _nameless_manifest(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, contents: ArchiveContents
+) -> Iterator[bytes]:
+    if member.size > _MAX_DOCUMENT_BYTES:
+        raise ArchiveDamaged(f"its {MANIFEST} has {member.size} bytes")
+    images = json.loads(b"".join(_blocks(archive, member)))
+    contents.manifest = json.dumps([{**image, "RepoTags": None} for image in images]).encode()
+    fresh = tarfile.TarInfo(MANIFEST)
+    fresh.size = len(contents.manifest)
+    yield fresh.tobuf(tarfile.GNU_FORMAT)
+    yield contents.manifest
+    yield bytes(-fresh.size % tarfile.BLOCKSIZE)
+
+
 def _blocks(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
     stream = archive.extractfile(member)
     while stream is not None and (block := stream.read(BLOCK_BYTES)):
@@ -162,12 +189,11 @@ def _blocks(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes
 class PackageReader:
     """A package as the uncompressed archive; refuses one that grows beyond `limit_bytes`."""
 
-    def __init__(self, path: Path, announced: PackageFormat | None, limit_bytes: int) -> None:
+    def __init__(self, file: Rewindable, announced: PackageFormat | None, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self.read_bytes = 0
         with _as_damage():
-            self._file = path.open("rb")
-            self._stream = _opened(self._file, announced)
+            self._stream = _opened(file, announced)
 
     def read(self, size: int, /) -> bytes:
         """At most `size` bytes; raises `ArchiveDamaged`."""
@@ -179,10 +205,6 @@ class PackageReader:
                 f"it holds more than {self._limit_bytes} bytes, which is more than its image can have"
             )
         return block
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
 
 def package_limit_bytes(image: ImageAnnouncement | None, package_bytes: int) -> int:
@@ -210,12 +232,11 @@ def checked_package(
         found(archived)
 
     with _as_damage():
+        file = path.open("rb")
+    with file:
         limit_bytes = package_limit_bytes(image, path.stat().st_size)
-    reader = PackageReader(path, package.format if package else None, limit_bytes)
-    try:
+        reader = PackageReader(file, package.format if package else None, limit_bytes)
         yield from rebuilt(reader, check)
-    finally:
-        reader.close()
 
 
 def format_of(beginning: bytes) -> PackageFormat:
@@ -224,15 +245,16 @@ def format_of(beginning: bytes) -> PackageFormat:
     return next(found, PackageFormat.TAR)
 
 
-def _opened(file: BinaryIO, announced: PackageFormat | None) -> Readable:
+def _opened(file: Rewindable, announced: PackageFormat | None) -> Readable:
     found = format_of(file.read(4))
     if announced not in {None, found}:
         raise ArchiveDamaged(f"it was announced as {announced}, and it is {found}")
     file.seek(0)
+    source = cast("BinaryIO", file)
     if found is PackageFormat.GZIP:
-        return cast("Readable", gzip.GzipFile(fileobj=file))
+        return cast("Readable", gzip.GzipFile(fileobj=source))
     if found is PackageFormat.ZSTD:
-        stream: Any = ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_reader(file)
+        stream: Any = ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).stream_reader(source)
         return cast("Readable", stream)
     return file
 

@@ -10,7 +10,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -207,12 +207,17 @@ class Engine:
         It knows a layer together with all below it: the longest beginning that some image shares. One that
         comes again above it has to be sent. A containerd image store wants every layer.
         """
-        if has_containerd_store(self._client.info()):
+        if self.has_containerd_store:
             return []
         images = (self._layers_of(image) for image in self._client.images.list(all=True))
         shared = max((_shared_layers(layers, announced.layers) for layers in images), default=0)
         above = set(announced.layers[shared:])
         return [layer for layer in announced.layers[:shared] if layer not in above]
+
+    @property
+    def has_containerd_store(self) -> bool:
+        """Whether images are kept by containerd."""
+        return has_containerd_store(self._client.info())
 
     def _layers_of(self, image: Image) -> list[str]:
         layers = image.attrs.get("RootFS", {}).get("Layers")
@@ -244,6 +249,10 @@ class Engine:
             raise PackageRefused(f"the loaded image {image.image_id} has other layers than announced")
         return replace(image, config_digest=found[0].config_digest)
 
+    def load_nameless(self, archive: Generator[bytes]) -> None:
+        """Load an image from an archive that gives it no name; what reading it raises is raised here."""
+        self._client.images.load(cast("bytes", archive))
+
     def tag_image(self, image_id: str, repository: str, tag: str) -> None:
         """Name an image; the name moves from an older image."""
         self._client.images.get(image_id).tag(repository, tag)
@@ -254,13 +263,26 @@ class Engine:
             image = self._client.images.get(image_id)
             if contract.LABEL_CONTAINER not in (image.labels or {}) or self._is_used(str(image.id)):
                 return False
-            try:
-                for reference in image.tags or [image_id]:
-                    self._client.images.remove(reference)
-            except APIError as exc:
-                if exc.status_code == 409:  # in use by a container: it stays
-                    return False
-                raise
+            return self._remove_images(image.tags or [image_id])
+        return True
+
+    def remove_nameless_image(self, image_id: str) -> bool:
+        """Remove an image that has no name and that no container uses; True when it is gone."""
+        with contextlib.suppress(ImageNotFound):
+            image = self._client.images.get(image_id)
+            if image.tags or self._is_used(str(image.id)):
+                return False
+            return self._remove_images([image_id])
+        return True
+
+    def _remove_images(self, references: Sequence[str]) -> bool:
+        try:
+            for reference in references:
+                self._client.images.remove(reference)
+        except APIError as exc:
+            if exc.status_code == 409:  # in use by a container: it stays
+                return False
+            raise
         return True
 
     def _is_used(self, image_id: str) -> bool:

@@ -37,6 +37,7 @@ from receiver.contract import (
 from receiver.engine import Engine, LoadedImage, PortTaken
 from receiver.ledger import Entry, Ledger, StateConflict, Undo, utc_now
 from receiver.locks import Hold, container_lock
+from receiver.preload import wait_until_fed
 from receiver.proxy import Proxy, ProxyFailed
 from receiver.routes import Route
 from receiver.settings import ReceiverSettings
@@ -239,7 +240,6 @@ class Operations:
             return
         current = self.engine.find_container(entry.request.container_name)
         _check_survives_its_stop(current)
-        self._check_room(entry)
         image = self._load(entry)
         self._check_ports(entry, current)
         self._entry_in(HostState.READY)
@@ -257,7 +257,7 @@ class Operations:
     def _check_room(self, entry: Entry) -> None:
         """Asked again: between announcement and now others may have filled the disks."""
         announced = entry.request.image
-        if announced is None or self.engine.find_image(announced) is not None:
+        if announced is None:
             return
         known = set(self.engine.known_layers(announced))
         self._check_omitted(entry, known)
@@ -282,8 +282,11 @@ class Operations:
 
     def _load(self, entry: Entry) -> LoadedImage:
         announced = entry.request.image
-        present = self.engine.find_image(announced) if announced else None
-        image = present or self.engine.load_image(self.package_path(), announced, entry.package)
+        wait_until_fed(self.settings.packages_dir, self.deployment_id)
+        image = self.engine.find_image(announced) if announced else None
+        if image is None:
+            self._check_room(entry)
+            image = self.engine.load_image(self.package_path(), announced, entry.package)
         self.engine.tag_image(image.image_id, entry.request.container_name, entry.request.image_tag)
         return image
 

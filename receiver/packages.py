@@ -138,13 +138,14 @@ class Packages:
         """Where the verified package lies, or will lie."""
         return self._folder / f"{deployment_id}.tar"
 
-    def _part(self, deployment_id: str) -> Path:
+    def part(self, deployment_id: str) -> Path:
+        """Where it lies while it arrives."""
         return self._folder / f"{deployment_id}.part"
 
     def discard(self, deployment_id: str) -> None:
         """Delete whatever there is of a package."""
         self._hashers.pop(deployment_id, None)
-        self._part(deployment_id).unlink(missing_ok=True)
+        self.part(deployment_id).unlink(missing_ok=True)
         self.path(deployment_id).unlink(missing_ok=True)
         self._incoming.discard(deployment_id)
 
@@ -300,7 +301,7 @@ class Packages:
         """The file first: an offset without its file is put right by the next chunk, not the reverse."""
         with self._only_writer(orphan.deployment_id), self._only_writer(deployment_id):
             self._hashers.pop(orphan.deployment_id, None)
-            self._part(orphan.deployment_id).rename(self._part(deployment_id))
+            self.part(orphan.deployment_id).rename(self.part(deployment_id))
             self._ledger.set_upload_offset(deployment_id, orphan.upload_offset)
             self._ledger.set_upload_offset(orphan.deployment_id, 0)
 
@@ -384,7 +385,7 @@ class Packages:
 
     @contextmanager
     def _opened(self, entry: Entry) -> Iterator[int]:
-        part, whole = self._part(entry.deployment_id), self.path(entry.deployment_id)
+        part, whole = self.part(entry.deployment_id), self.path(entry.deployment_id)
         with _disk_errors():
             if whole.exists():  # died between renaming and READY
                 whole.rename(part)
@@ -442,7 +443,7 @@ class Packages:
             )
             raise mismatch
         try:
-            self._part(deployment_id).rename(self.path(deployment_id))
+            self.part(deployment_id).rename(self.path(deployment_id))
         except FileNotFoundError as exc:
             raise NotReceiving(f"deployment {deployment_id} was ended while its package arrived") from exc
         _sync_folder(self._folder)

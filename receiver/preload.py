@@ -1,0 +1,235 @@
+"""Gives a package to the engine while it arrives: it has unpacked most of it when the last byte is verified.
+
+The engine keeps nothing of an archive without its end, and it gets the end only once the deployment is READY
+and the bytes that went to the engine have the announced BLAKE3. The image gets no name; the deployment's own
+step names it, or loads the package where this did not succeed. `<deployment_id>.ahead` in the package folder
+is locked while the engine is fed, and tells afterwards that an image may have been left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from blake3 import blake3
+
+from receiver.archive import ArchivedImage, PackageReader, package_limit_bytes, rebuilt
+from receiver.contract import HostState, Transport
+from receiver.engine import Engine
+from receiver.ledger import DeploymentUnknown, Entry, Ledger
+
+log = logging.getLogger(__name__)
+FROM_BYTES = 16 * 1024 * 1024
+AT_ONCE = 2
+STALL_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+_DRAIN_BYTES = 1024 * 1024
+
+
+class PreloadEnded(Exception):
+    """The package goes to the engine no more"""
+
+
+class Preloads:
+    """Those of one daemon, each in a thread of its own. Nothing that goes wrong here fails a deployment."""
+
+    def __init__(self, folder: Path, ledger: Ledger) -> None:
+        self._folder = folder
+        self._ledger = ledger
+        self._places = threading.BoundedSemaphore(AT_ONCE)
+        self._seen: set[str] = set()
+
+    def is_due(self, deployment_id: str, held_bytes: int) -> bool:
+        """True once for a package that is large enough to be worth it. Reads nothing."""
+        return held_bytes >= FROM_BYTES and deployment_id not in self._seen
+
+    def begin(self, deployment_id: str, part: Path, engine: Engine) -> threading.Thread | None:
+        """Feed the engine with what arrives, from now on; None where that is not possible. Blocking."""
+        self._seen.add(deployment_id)
+        entry = self._ledger.get(deployment_id)
+        comes_by_http = entry.state is HostState.RECEIVING and entry.request.transport is Transport.HTTP
+        if not comes_by_http or entry.request.image is None or engine.has_containerd_store:
+            return None
+        if not self._places.acquire(blocking=False):
+            return None
+        try:
+            descriptor = _locked(_marker(self._folder, deployment_id))
+            work = threading.Thread(
+                target=self._feed, args=(entry, part, engine, descriptor), name="preload", daemon=True
+            )
+            work.start()
+        except BaseException:
+            self._places.release()
+            raise
+        return work
+
+    def _feed(self, entry: Entry, part: Path, engine: Engine, descriptor: int) -> None:
+        began = time.monotonic()
+        try:
+            archive = _archive(entry, part, self._ledger)
+            try:
+                engine.load_nameless(archive)
+            finally:
+                archive.close()
+        except Exception as exc:  # noqa: BLE001 - the deployment's own step loads it then, or tells why not
+            log.info("not loaded ahead: %s", exc, extra={"deployment_id": entry.deployment_id})
+            _marker(self._folder, entry.deployment_id).unlink(missing_ok=True)
+        else:
+            seconds = time.monotonic() - began
+            log.info("loaded ahead in %.1f s", seconds, extra={"deployment_id": entry.deployment_id})
+        finally:
+            self._places.release()
+            os.close(descriptor)
+
+    def left(self) -> dict[str, str | None]:
+        """Settled deployments that may have left an image, and its id; those that died with a daemon, too."""
+        self._seen = {seen for seen in self._seen if not self._is_settled(seen)}
+        found: dict[str, str | None] = {}
+        for marker in self._folder.glob("*.ahead"):
+            if self._is_settled(marker.stem) and not _is_locked(marker):
+                found[marker.stem] = self._image_id(marker.stem)
+        return found
+
+    def clear(self, left: dict[str, str | None], engine: Engine) -> None:
+        """Remove the images that no deployment has named. Blocking."""
+        for deployment_id, image_id in left.items():
+            if image_id is not None:
+                if self._is_awaited(image_id):
+                    continue
+                engine.remove_nameless_image(image_id)
+            _marker(self._folder, deployment_id).unlink(missing_ok=True)
+
+    def _is_awaited(self, image_id: str) -> bool:
+        waiting = self._ledger.in_states(HostState.RECEIVING, HostState.READY, HostState.PREPARED)
+        return any(entry.request.image and entry.request.image.config_digest == image_id for entry in waiting)
+
+    def _is_settled(self, deployment_id: str) -> bool:
+        try:
+            return self._ledger.get(deployment_id).state.settled
+        except DeploymentUnknown:
+            return True
+
+    def _image_id(self, deployment_id: str) -> str | None:
+        with suppress(DeploymentUnknown):
+            image = self._ledger.get(deployment_id).request.image
+            return image.config_digest if image else None
+        return None
+
+
+def wait_until_fed(folder: Path, deployment_id: str) -> None:
+    """Return when the engine is not given this package any more, or at once where it never was."""
+    with suppress(FileNotFoundError), _opened(_marker(folder, deployment_id)) as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def _marker(folder: Path, deployment_id: str) -> Path:
+    return folder / f"{deployment_id}.ahead"
+
+
+def _locked(marker: Path) -> int:
+    descriptor = os.open(marker, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def _opened(marker: Path) -> Generator[int]:
+    descriptor = os.open(marker, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _is_locked(marker: Path) -> bool:
+    try:
+        with _opened(marker) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def _archive(entry: Entry, part: Path, ledger: Ledger) -> Generator[bytes]:
+    """The archive in a package that arrives; its end only when it is the verified one."""
+    image = entry.request.image
+    if image is None:
+        raise PreloadEnded("its image was not announced")
+
+    def check(archived: ArchivedImage) -> None:
+        arriving.drain()
+        now = ledger.get(entry.deployment_id)
+        if now.package is None or now.package.blake3 != arriving.hexdigest():
+            raise PreloadEnded("what the engine got is not the verified package")
+        archived.check(image.config_digest, image.layers, now.package.omitted_layers)
+
+    with part.open("rb") as file:
+        arriving = _Arriving(file.fileno(), entry.deployment_id, ledger)
+        reader = PackageReader(arriving, None, package_limit_bytes(image, 0))
+        yield from rebuilt(reader, check, nameless=True)
+
+
+class _Arriving:
+    """The file of a package as its bytes come: `read` waits for more, and ends with the verified whole."""
+
+    def __init__(self, descriptor: int, deployment_id: str, ledger: Ledger) -> None:
+        self._descriptor = descriptor
+        self._deployment_id = deployment_id
+        self._ledger = ledger
+        self._position = self._readable_bytes = self._hashed_bytes = 0
+        self._hasher = blake3()
+
+    def read(self, size: int, /) -> bytes:
+        """At most `size` bytes, none at the end; raises `PreloadEnded`."""
+        if self._position >= self._readable_bytes and not self._has_more():
+            return b""
+        wanted = min(size, self._readable_bytes - self._position)
+        block = os.pread(self._descriptor, wanted, self._position)
+        if not block:
+            raise PreloadEnded("its bytes are gone")
+        fresh = block[self._hashed_bytes - self._position :]  # its beginning is read twice
+        self._hasher.update(fresh)
+        self._hashed_bytes += len(fresh)
+        self._position += len(block)
+        return block
+
+    def seek(self, offset: int, /) -> None:
+        """Go on from there."""
+        self._position = offset
+
+    def drain(self) -> None:
+        """Read what follows the archive."""
+        while self.read(_DRAIN_BYTES):
+            pass
+
+    def hexdigest(self) -> str:
+        """BLAKE3 of what was read."""
+        return str(self._hasher.hexdigest())
+
+    def _has_more(self) -> bool:
+        deadline = time.monotonic() + STALL_SECONDS
+        while time.monotonic() < deadline:
+            entry = self._ledger.get(self._deployment_id)
+            is_whole = entry.state is HostState.READY and entry.package is not None
+            if not is_whole and entry.state is not HostState.RECEIVING:
+                raise PreloadEnded(f"the deployment is {entry.state}")
+            held = entry.package.size_bytes if is_whole and entry.package else entry.upload_offset
+            if held < self._position:
+                raise PreloadEnded("its bytes were dropped")
+            self._readable_bytes = held
+            if held > self._position or is_whole:
+                return held > self._position
+            time.sleep(_POLL_SECONDS)
+        raise PreloadEnded(f"nothing came for {STALL_SECONDS:.0f} s")

@@ -1,0 +1,230 @@
+"""A package that the engine gets while it arrives: kept as the verified whole, named by its deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+import pytest
+from blake3 import blake3
+from docker.errors import ImageNotFound
+from zstandard import ZstdCompressor
+
+from receiver import app as app_module
+from receiver import preload
+from receiver.contract import (
+    DeploymentConfig,
+    DeployRequest,
+    HealthCheckConfig,
+    HostState,
+    ImageAnnouncement,
+    deploy_path,
+)
+from receiver.engine import PackageRefused
+from receiver.operations import Operations
+from receiver.packages import Packages
+from receiver.preload import Preloads
+from receiver.settings import from_environment
+from tests.contract.caller import KEY, Caller, announcement
+from tests.integration.host_rig import SERVE, Rig, host_rig, take, take_up_to
+
+PIECES = 8
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    """One host for all tests here."""
+    with host_rig() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _every_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a small one; and nobody waits long for what does not come."""
+    monkeypatch.setattr(preload, "FROM_BYTES", 1)
+
+
+@dataclass
+class Arrival:
+    """A deployment whose package comes in pieces, and the engine that gets it meanwhile."""
+
+    rig: Rig
+    image: ImageAnnouncement
+    package: bytes
+    operations: Operations
+    packages: Packages
+    preloads: Preloads
+    work: threading.Thread | None = None
+    sent: int = field(default=0)
+
+    @property
+    def deployment_id(self) -> str:
+        """Of the deployment."""
+        return self.operations.deployment_id
+
+    async def send(self, pieces: int) -> None:
+        """The next pieces, the first of which begins the work."""
+        size = len(self.package) // PIECES + 1
+        for _ in range(pieces):
+            piece = self.package[self.sent : self.sent + size]
+            await self.packages.append(self.deployment_id, self.sent, piece)
+            self.sent += len(piece)
+            self.begin()
+
+    def begin(self) -> None:
+        """As the application does it after each piece."""
+        if self.preloads.is_due(self.deployment_id, self.sent):
+            part = self.packages.part(self.deployment_id)
+            self.work = self.preloads.begin(self.deployment_id, part, self.rig.host.engine)
+
+    async def end(self) -> None:
+        """Until the engine is done."""
+        assert self.work is not None
+        await asyncio.to_thread(self.work.join, 30)
+        assert not self.work.is_alive()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the engine has the image."""
+        return self.rig.host.engine.find_image(self.image) is not None
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether there is a trace in the package folder."""
+        return (self.rig.host.settings.packages_dir / f"{self.deployment_id}.ahead").exists()
+
+
+def arrival(rig: Rig, content: Callable[[bytes], bytes] = lambda whole: whole) -> Arrival:
+    """Of an image that the engine does not have; `content` makes another archive of its own one."""
+    version = f"v-{uuid4().hex[:10]}"
+    image = rig.image(version)
+    whole = content(b"".join(rig.docker.images.get(f"test:{version}").save(named=True)))
+    rig.docker.images.remove(f"test:{version}")
+    packages = Packages(rig.host.settings, rig.host.ledger)
+    request = DeployRequest(
+        container_name=f"svc-{uuid4().hex[:10]}",
+        image_tag="v1",
+        image=image,
+        deployment_config=DeploymentConfig(command=SERVE, stop_timeout_seconds=1),
+        health_check_config=HealthCheckConfig(health_endpoint=None, quiet_period_ms=100),
+    )
+    entry, _ = rig.host.ledger.create(request, HostState.RECEIVING)
+    made = rig.host.operations(entry.deployment_id)
+    preloads = Preloads(rig.host.settings.packages_dir, rig.host.ledger)
+    return Arrival(rig, image, ZstdCompressor(write_checksum=True).compress(whole), made, packages, preloads)
+
+
+async def test_the_image_is_there_without_a_name_when_the_whole_is_verified(rig: Rig) -> None:
+    """Not before; then the deployment names and runs it without its package."""
+    arriving = arrival(rig)
+    await arriving.send(PIECES)
+    await asyncio.sleep(0.5)
+    assert not arriving.is_loaded
+    await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
+    await asyncio.to_thread(preload.wait_until_fed, rig.host.settings.packages_dir, arriving.deployment_id)
+    assert rig.docker.images.get(arriving.image.config_digest).tags == []
+    arriving.operations.package_path().unlink()
+    await take_up_to(arriving.operations, "start_container")
+    made = rig.docker.containers.get(arriving.operations.entry.request.container_name)
+    assert made.attrs["Image"] == arriving.image.config_digest
+    assert made.image is not None
+    assert made.image.tags == [f"{made.name}:v1"]
+
+
+async def test_another_package_than_the_announced_one_is_not_kept(rig: Rig) -> None:
+    """The host refuses it, and the engine forgets what it got."""
+    arriving = arrival(rig)
+    await arriving.send(PIECES)
+    other = announcement(arriving.package).model_copy(update={"blake3": blake3(b"other").hexdigest()})
+    with pytest.raises(Exception, match="BLAKE3"):
+        await arriving.packages.announce(arriving.deployment_id, other)
+    await arriving.end()
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
+
+
+async def test_another_image_than_the_announced_one_is_not_kept(rig: Rig) -> None:
+    """The step that loads it tells why."""
+    evil = rig.image(f"v-{uuid4().hex[:10]}")
+    tag = next(iter(rig.docker.images.get(evil.config_digest).tags))
+    archive = b"".join(rig.docker.images.get(tag).save(named=True))
+    rig.docker.images.remove(tag)
+    arriving = arrival(rig, lambda _: archive)
+    await arriving.send(PIECES)
+    await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
+    await arriving.end()
+    with pytest.raises(ImageNotFound):
+        rig.docker.images.get(evil.config_digest)
+    with pytest.raises(PackageRefused, match=evil.config_digest):
+        await take(arriving.operations, "deploy_container")
+
+
+@pytest.mark.parametrize("end", ["abort", "drop", "silence"])
+async def test_an_upload_that_does_not_come_to_its_end_leaves_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Given up, begun anew, or without a sign of life."""
+    monkeypatch.setattr(preload, "STALL_SECONDS", 0.5 if end == "silence" else 60.0)
+    arriving = arrival(rig)
+    await arriving.send(PIECES // 2)
+    if end == "abort":
+        await rig.host.abort(arriving.deployment_id)
+    elif end == "drop":
+        await arriving.packages.drop(arriving.deployment_id)
+    await arriving.end()
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
+    if end == "drop":
+        arriving.sent = 0
+    if end != "abort":
+        await arriving.send(PIECES if end == "drop" else PIECES - PIECES // 2)
+        await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
+        await take_up_to(arriving.operations, "start_container")
+        assert arriving.is_loaded
+
+
+async def test_an_image_that_its_deployment_never_used_is_removed(rig: Rig) -> None:
+    """Once nobody waits for it any more; also by a daemon that was started since."""
+    arriving = arrival(rig)
+    await arriving.send(PIECES)
+    await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
+    await arriving.end()
+    fresh = Preloads(rig.host.settings.packages_dir, rig.host.ledger)
+    assert arriving.deployment_id not in fresh.left()
+    await rig.host.abort(arriving.deployment_id)
+    left = fresh.left()
+    assert left[arriving.deployment_id] == arriving.image.config_digest
+    waiting, _ = rig.host.ledger.create(arriving.operations.entry.request, HostState.READY)
+    fresh.clear(left, rig.host.engine)
+    assert (arriving.is_loaded, arriving.is_marked) == (True, True)
+    await rig.host.abort(waiting.deployment_id)
+    fresh.clear(left, rig.host.engine)
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
+
+
+async def test_the_receiver_feeds_its_engine_by_itself(rig: Rig) -> None:
+    """Through the application: what the sender's requests bring is in the engine a moment after the last."""
+    arriving = arrival(rig)
+    settings = from_environment(
+        {
+            "HMAC_SECRET_KEY": KEY.decode(),
+            "IP_WHITELIST": "127.0.0.0/8",
+            "HOOK_RECEIVER_STATE_DIR": str(rig.host.settings.state_dir),
+            "DOCKER_HOST": rig.host.settings.docker_host,
+        }
+    )
+    app = app_module.create_app(settings, ledger=rig.host.ledger, engine=rig.host.engine)
+    caller, size = Caller(app), len(arriving.package) // 2 + 1
+    for offset in (0, size):
+        piece = arriving.package[offset : offset + size]
+        assert (await caller.patch(arriving.deployment_id, offset, piece)).status_code == 204
+    assert arriving.is_marked
+    path = deploy_path(arriving.deployment_id, "package")
+    told = announcement(arriving.package).model_dump_json().encode()
+    assert (await caller.call("POST", path, told)).status_code == 200
+    await asyncio.to_thread(preload.wait_until_fed, rig.host.settings.packages_dir, arriving.deployment_id)
+    assert arriving.is_loaded
+    await rig.host.abort(arriving.deployment_id)
+    await app.state.service.sweep()
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
