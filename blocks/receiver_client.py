@@ -150,7 +150,9 @@ class ReceiverConfig:
     first_pause_seconds: float = 0.5
 
     def trust(self) -> ssl.SSLContext | bool:
-        """What httpx takes as `verify`."""
+        """What httpx takes as `verify`: without TLS nothing that takes time to load."""
+        if self.base_url.startswith("http://"):
+            return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody
         if self.tls_verify and self.tls_ca_file:
             return ssl.create_default_context(cafile=self.tls_ca_file)
         return self.tls_verify

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPConnection, HTTPException
+from itertools import pairwise
 
 _PATIENCE_SECONDS = 10
 _PAUSE_SECONDS = 0.005  # or the clients would take the machine from what they ask
@@ -22,10 +23,11 @@ _PAUSE_SECONDS = 0.005  # or the clients would take the machine from what they a
 
 @dataclass
 class Outcome:
-    """Answers by their text, and failures with the seconds since the beginning at which they were seen."""
+    """Answers by their text, their moments, and failures with the seconds since the beginning."""
 
     began: float = field(default_factory=time.monotonic)
     answers: Counter[str] = field(default_factory=Counter)
+    answered_at: list[float] = field(default_factory=list)
     failures: list[tuple[float, str]] = field(default_factory=list)
 
     @property
@@ -33,10 +35,16 @@ class Outcome:
         """All of them."""
         return self.answers.total() + len(self.failures)
 
+    def silence(self, since: float, until: float) -> float:
+        """The longest time without any answer that began between these moments of the monotonic clock."""
+        moments = sorted(self.answered_at)
+        return max((two - one for one, two in pairwise(moments) if since <= one <= until), default=0.0)
+
     def count(self, call: Callable[[], str]) -> None:
         """Make a request."""
         try:
             self.answers[call()] += 1
+            self.answered_at.append(time.monotonic())
         except (OSError, HTTPException) as exc:
             self.failures.append((round(time.monotonic() - self.began, 3), repr(exc)))
 

@@ -48,7 +48,7 @@ def table(found: list[Series]) -> str:
     """Markdown: a row for each strategy."""
     head = (
         *("strategy", "updates", "of them rolled back after the move", "requests", "failed"),
-        *("requests of wrk", "failed", "seconds without service, median", "seconds for an update, median"),
+        *("requests of wrk", "failed", "seconds without an answer, median", "seconds for an update, median"),
     )
     lines = [
         "A service on one host under load: kept and new connections, requests of 2 s, and wrk beside.",
