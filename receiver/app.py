@@ -388,7 +388,7 @@ def create_app(
     book = ledger or Ledger(settings.ledger_path)
     metrics = Metrics(access.REASONS)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=_lifespan)
-    preloads = Preloads(settings.packages_dir, book)
+    preloads = Preloads(settings.packages_dir, book, settings.load_ahead_bytes)
     link = EngineLink(settings, engine)
     app.state.service = Service(settings, book, Packages(settings, book), preloads, link, metrics)
     app.include_router(router)

@@ -25,7 +25,6 @@ from receiver.engine import Engine
 from receiver.ledger import DeploymentUnknown, Entry, Ledger
 
 log = logging.getLogger(__name__)
-FROM_BYTES = 16 * 1024 * 1024
 AT_ONCE = 2
 STALL_SECONDS = 60.0
 _POLL_SECONDS = 0.05
@@ -39,15 +38,16 @@ class PreloadEnded(Exception):
 class Preloads:
     """Those of one daemon, each in a thread of its own. Nothing that goes wrong here fails a deployment."""
 
-    def __init__(self, folder: Path, ledger: Ledger) -> None:
+    def __init__(self, folder: Path, ledger: Ledger, from_bytes: int) -> None:
         self._folder = folder
         self._ledger = ledger
+        self._from_bytes = from_bytes
         self._places = threading.BoundedSemaphore(AT_ONCE)
         self._seen: set[str] = set()
 
     def is_due(self, deployment_id: str, held_bytes: int) -> bool:
-        """True once for a package that is large enough to be worth it. Reads nothing."""
-        return held_bytes >= FROM_BYTES and deployment_id not in self._seen
+        """True once for a package that is large enough, with 0 for none. Reads nothing."""
+        return 0 < self._from_bytes <= held_bytes and deployment_id not in self._seen
 
     def begin(self, deployment_id: str, part: Path, engine: Engine) -> threading.Thread | None:
         """Feed the engine with what arrives, from now on; None where that is not possible. Blocking."""

@@ -151,6 +151,7 @@ def told_settings(settings: ReceiverSettings) -> dict[str, str]:
         "HOOK_RECEIVER_STATE_DIR": str(settings.state_dir),
         "HOOK_RECEIVER_MAX_PACKAGE_BYTES": str(settings.max_package_bytes),
         "HOOK_RECEIVER_MAX_UPLOADS": str(settings.max_uploads),
+        "HOOK_RECEIVER_LOAD_AHEAD_BYTES": str(settings.load_ahead_bytes),
         "HOOK_RECEIVER_RATE_LIMIT_PER_SECOND": str(settings.rate_limit_per_second),
         "IP_WHITELIST": ",".join(map(str, settings.allowed_networks)),
         "DOCKER_API_VERSION": settings.docker_api_version or "auto",

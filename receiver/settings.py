@@ -45,6 +45,10 @@ VARIABLES: Mapping[str, tuple[str, str]] = {
     ),
     "HOOK_RECEIVER_MAX_PACKAGE_BYTES": (str(20 * 1024**3), "largest package that is taken"),
     "HOOK_RECEIVER_MAX_UPLOADS": ("4", "chunk requests served at the same time"),
+    "HOOK_RECEIVER_LOAD_AHEAD_BYTES": (
+        "16777216",
+        "from this size on the engine is fed with a package while it arrives; 0: never",
+    ),
     "HOOK_RECEIVER_RATE_LIMIT_PER_SECOND": ("100", "requests per second and peer"),
     "HOOK_RECEIVER_HAPROXY": ("haproxy", "program of the proxy that strategy `rolling` needs (2.6 or later)"),
     "HOOK_RECEIVER_TLS_CERT_FILE": ("", "certificate chain (PEM); needs the key file too"),
@@ -106,6 +110,7 @@ class ReceiverSettings:
     incoming_dir: Path
     max_package_bytes: int
     max_uploads: int
+    load_ahead_bytes: int
     rate_limit_per_second: int
     tls_cert_file: Path | None
     tls_key_file: Path | None
@@ -203,6 +208,7 @@ def from_environment(
         ),
         max_package_bytes=values.number("HOOK_RECEIVER_MAX_PACKAGE_BYTES", 1, 2**50),
         max_uploads=values.number("HOOK_RECEIVER_MAX_UPLOADS", 1, 64),
+        load_ahead_bytes=values.number("HOOK_RECEIVER_LOAD_AHEAD_BYTES", 0, 2**50),
         rate_limit_per_second=values.number("HOOK_RECEIVER_RATE_LIMIT_PER_SECOND", 1, 1_000_000),
         tls_cert_file=cert,
         tls_key_file=key,

@@ -48,7 +48,11 @@ def _name(port: int) -> str:
 
 def _start(site: Site, port: int) -> None:
     name = _name(port)
-    own = {"HOOK_RECEIVER_PORT": str(port), "HOOK_RECEIVER_STATE_DIR": str(site.host.folder / name)}
+    own = {
+        "HOOK_RECEIVER_PORT": str(port),
+        "HOOK_RECEIVER_STATE_DIR": str(site.host.folder / name),
+        "HOOK_RECEIVER_LOAD_AHEAD_BYTES": "0",  # they share one engine, as hosts do not
+    }
     service = site.host.spawn(name, sys.executable, "-m", "receiver", env=own)
     url = f"http://127.0.0.1:{port}/health"
     wait_until(

@@ -41,12 +41,6 @@ def rig() -> Iterator[Rig]:
         yield found
 
 
-@pytest.fixture(autouse=True)
-def _every_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a small one; and nobody waits long for what does not come."""
-    monkeypatch.setattr(preload, "FROM_BYTES", 1)
-
-
 @dataclass
 class Arrival:
     """A deployment whose package comes in pieces, and the engine that gets it meanwhile."""
@@ -113,7 +107,7 @@ def arrival(rig: Rig, content: Callable[[bytes], bytes] = lambda whole: whole) -
     )
     entry, _ = rig.host.ledger.create(request, HostState.RECEIVING)
     made = rig.host.operations(entry.deployment_id)
-    preloads = Preloads(rig.host.settings.packages_dir, rig.host.ledger)
+    preloads = Preloads(rig.host.settings.packages_dir, rig.host.ledger, from_bytes=1)
     return Arrival(rig, image, ZstdCompressor(write_checksum=True).compress(whole), made, packages, preloads)
 
 
@@ -190,7 +184,7 @@ async def test_an_image_that_its_deployment_never_used_is_removed(rig: Rig) -> N
     await arriving.send(PIECES)
     await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
     await arriving.end()
-    fresh = Preloads(rig.host.settings.packages_dir, rig.host.ledger)
+    fresh = Preloads(rig.host.settings.packages_dir, rig.host.ledger, from_bytes=1)
     assert arriving.deployment_id not in fresh.left()
     await rig.host.abort(arriving.deployment_id)
     left = fresh.left()
@@ -203,6 +197,13 @@ async def test_an_image_that_its_deployment_never_used_is_removed(rig: Rig) -> N
     assert (arriving.is_loaded, arriving.is_marked) == (False, False)
 
 
+def test_nothing_is_due_below_the_limit_nor_where_it_is_0(rig: Rig) -> None:
+    """The limit is a setting of the host."""
+    some, none = (Preloads(rig.host.settings.packages_dir, rig.host.ledger, limit) for limit in (100, 0))
+    assert [some.is_due("d", held) for held in (99, 100)] == [False, True]
+    assert not none.is_due("d", 10**12)
+
+
 async def test_the_receiver_feeds_its_engine_by_itself(rig: Rig) -> None:
     """Through the application: what the sender's requests bring is in the engine a moment after the last."""
     arriving = arrival(rig)
@@ -212,6 +213,7 @@ async def test_the_receiver_feeds_its_engine_by_itself(rig: Rig) -> None:
             "IP_WHITELIST": "127.0.0.0/8",
             "HOOK_RECEIVER_STATE_DIR": str(rig.host.settings.state_dir),
             "DOCKER_HOST": rig.host.settings.docker_host,
+            "HOOK_RECEIVER_LOAD_AHEAD_BYTES": "1",
         }
     )
     app = app_module.create_app(settings, ledger=rig.host.ledger, engine=rig.host.engine)
