@@ -6,7 +6,6 @@ come of it. Must not import Prefect: hosts, tests and tools use it without.
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,22 +118,6 @@ class Held:
     blake3: str | None
 
 
-class PackageChanged(Exception):
-    """The package file is not the one that was announced; build it again and announce it anew"""
-
-    def __init__(self, path: Path, size_bytes: int, offset: int) -> None:
-        super().__init__(path, size_bytes, offset)
-        self.path = path
-        self.size_bytes = size_bytes
-        self.offset = offset
-
-    def __str__(self) -> str:
-        return (
-            f"The package {self.path} ({self.size_bytes} bytes at the start) does not fit the host's offset "
-            f"{self.offset}: it is not the one that was announced. Build it again and announce it anew."
-        )
-
-
 @dataclass(frozen=True)
 class ReceiverConfig:
     """Where the receiver is and how to speak to it."""
@@ -177,7 +160,7 @@ class ReceiverClient:
     """The receiver's calls as methods, inside `async with`; every call but `health` is signed.
 
     Every method raises `ReceiverUnreachable` when there is no answer and `ReceiverRefused` when the
-    answer is no success. None repeats a call, except `upload`.
+    answer is no success. None repeats a call.
     """
 
     def __init__(self, config: ReceiverConfig, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
@@ -232,11 +215,6 @@ class ReceiverClient:
         """Announce the package once it is known which layers the host lacks."""
         sent = self._json_request(contract.deploy_path(deployment_id, "package"), package)
         return _read(contract.DeployAccepted, await self._succeed(sent))
-
-    async def upload_offset(self, deployment_id: str) -> int:
-        """Bytes of the package that the host holds."""
-        path = contract.deploy_path(deployment_id, "package")
-        return _read_offset(await self._succeed(self._http.build_request("HEAD", path)))
 
     async def held(self, deployment_id: str) -> Held:
         """Bytes of the package that the host holds, and their BLAKE3."""
@@ -315,41 +293,6 @@ class ReceiverClient:
         """Have the host take over and verify what rsync brought; the same call again changes nothing."""
         return await self._operate(deployment_id, "collect")
 
-    async def upload(
-        self,
-        deployment_id: str,
-        path: Path,
-        *,
-        progress: Progress | None = None,
-        chunk_bytes: int = UPLOAD_CHUNK_BYTES,
-        max_resumes: int = 8,
-    ) -> int:
-        """Send the package file from the host's offset to its end, one chunk in memory at a time.
-
-        After a broken connection, a wrong offset or a busy host it asks for the offset and goes on; it
-        raises the last error after `max_resumes` tries in a row that brought nothing. `progress` gets
-        (bytes that the host holds, bytes of the package). Gives the bytes that the host took in this
-        call; a chunk that went twice counts once. Raises `PackageChanged` when file and offset do not fit.
-        """
-        tally = _Tally(path, (await asyncio.to_thread(path.stat)).st_size, progress)
-        while not tally.complete:
-            try:
-                tally.learn(await self._advance(deployment_id, tally, chunk_bytes))
-            except ReceiverError as exc:
-                if not (exc.retryable or isinstance(exc, OffsetRefused)) or tally.fruitless >= max_resumes:
-                    raise
-                tally.stumble()
-                await asyncio.sleep(pause_seconds(tally.fruitless, self.config.first_pause_seconds, exc))
-        return tally.taken_bytes
-
-    async def _advance(self, deployment_id: str, tally: _Tally, chunk_bytes: int) -> int:
-        if tally.must_ask:
-            return await self.upload_offset(deployment_id)
-        chunk = await asyncio.to_thread(_read_chunk, tally.path, tally.offset, chunk_bytes)
-        if not chunk:
-            raise PackageChanged(tally.path, tally.size_bytes, tally.offset)
-        return await self.send_chunk(deployment_id, tally.offset, chunk)
-
     async def _operate(self, deployment_id: str, action: str) -> contract.DeploymentStatus:
         timeout = httpx.Timeout(
             self.config.operation_timeout_seconds, connect=self.config.connect_timeout_seconds
@@ -380,53 +323,11 @@ class ReceiverClient:
         return response
 
 
-@dataclass
-class _Tally:
-    """How far an upload has come, and how many tries in a row brought nothing."""
-
-    path: Path
-    size_bytes: int
-    progress: Progress | None
-    offset: int = 0
-    farthest: int = -1
-    taken_bytes: int = 0
-    fruitless: int = 0
-    must_ask: bool = True
-
-    @property
-    def complete(self) -> bool:
-        return self.offset >= self.size_bytes and not self.must_ask
-
-    def learn(self, offset: int) -> None:
-        if offset > self.size_bytes:
-            raise PackageChanged(self.path, self.size_bytes, offset)
-        if self.farthest >= 0:
-            self.taken_bytes += max(0, offset - self.offset)
-        # Measured against the farthest point: a host that loses bytes again and again makes no progress.
-        if offset > self.farthest:
-            self.fruitless = self.fruitless if self.farthest < 0 else 0
-            self.farthest = offset
-        self.offset = offset
-        self.must_ask = False
-        if self.progress:
-            self.progress(offset, self.size_bytes)
-
-    def stumble(self) -> None:
-        self.fruitless += 1
-        self.must_ask = True
-
-
 def pause_seconds(fruitless: int, first_seconds: float, error: ReceiverError) -> float:
     """How long to wait before try number `fruitless`: doubled each time, bounded, or what the host asked."""
     asked = error.refusal.retry_after_seconds if isinstance(error, ReceiverRefused) else 0.0
     doubled = first_seconds * 2.0 ** min(fruitless - 1, 30)
     return max(min(doubled, MAX_PAUSE_SECONDS), min(asked, MAX_RETRY_AFTER_SECONDS))
-
-
-def _read_chunk(path: Path, offset: int, size_bytes: int) -> bytes:
-    with path.open("rb") as package:
-        package.seek(offset)
-        return package.read(size_bytes)
 
 
 def _expect_success(response: httpx.Response) -> None:

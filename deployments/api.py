@@ -27,6 +27,7 @@ from deployments.api_app import create_app
 from deployments.api_services import Services
 from deployments.api_tokens import TokenStore
 from receiver import logs
+from receiver.binding import listening
 from tasks.errors import GantryError
 
 log = logging.getLogger(__name__)
@@ -152,9 +153,8 @@ def _load(config: uvicorn.Config) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return listening(host, port)
     except (OSError, OverflowError) as exc:
         cause = getattr(exc, "strerror", None) or exc
         raise PortBusy(f"The API cannot listen on {host} port {port}: {cause}") from exc

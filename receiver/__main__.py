@@ -16,6 +16,7 @@ import uvicorn
 
 from receiver import logs, settings
 from receiver.app import create_app
+from receiver.binding import listening
 from receiver.settings import ReceiverSettings, SettingsRefused
 
 EXIT_SETTINGS = 2
@@ -81,14 +82,8 @@ def _load(config: uvicorn.Config) -> None:
 
 
 def _listen(found: ReceiverSettings) -> socket.socket:
-    is_ipv6 = ":" in found.host
     try:
-        return socket.create_server(
-            (found.host, found.port),
-            family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
-            backlog=2048,
-            dualstack_ipv6=is_ipv6 and found.host == "::",
-        )
+        return listening(found.host, found.port)
     except OSError as exc:
         raise StartRefused(
             f"cannot listen on {found.host} port {found.port}: {exc.strerror or exc}; stop what holds it "

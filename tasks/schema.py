@@ -106,7 +106,10 @@ def _allowed_pairs() -> str:
 
 
 _BIG_KEY = BigInteger().with_variant(Integer(), "sqlite")  # SQLite numbers only INTEGER keys by itself
-_JSON = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+_JSON = JSON(none_as_null=True).with_variant(
+    JSONB(none_as_null=True),  # type: ignore[no-untyped-call]  # in SQLAlchemy 2.0 only
+    "postgresql",
+)
 METADATA = MetaData()
 
 
@@ -281,9 +284,9 @@ def parse_url(url: str) -> URL:
     if driver == "sqlite+aiosqlite":
         _check_file(parsed)
     elif "sslmode" in parsed.query:  # libpq's word; asyncpg calls it ssl
-        parsed = parsed.difference_update_query(["sslmode"]).update_query_dict(
-            {"ssl": parsed.query["sslmode"]}
-        )
+        asked = parsed.query["sslmode"]
+        mode = asked if isinstance(asked, str) else list(asked)
+        parsed = parsed.difference_update_query(["sslmode"]).update_query_dict({"ssl": mode})
     return parsed.set(drivername=driver)
 
 

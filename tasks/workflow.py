@@ -22,7 +22,7 @@ from sqlalchemy.exc import DBAPIError
 
 from blocks.build_engine import find_build_engine
 from blocks.event_broker import find_event_broker
-from blocks.receiver_client import PackageChanged, ReceiverRefused, ReceiverUnreachable
+from blocks.receiver_client import ReceiverRefused, ReceiverUnreachable
 from blocks.records_database import find_records_url
 from blocks.remote_host import RemoteHost, find_remote_host
 from receiver.contract import DeploymentStatus, ErrorCode, HealthAttempt, Stage, Transport
@@ -33,7 +33,6 @@ from tasks.errors import (
     GantryError,
     RemoteEndpointUnreachable,
     StageTimeout,
-    TransferFailed,
 )
 from tasks.events import Event
 from tasks.logs import correlated
@@ -316,8 +315,6 @@ def as_failure(exc: BaseException, stage: Stage, timeout_seconds: float = 0) -> 
     if isinstance(exc, ReceiverRefused):
         refused = ERROR_CLASSES[exc.error_code or _CODE_OF_STAGE[stage]]
         return refused(f"{exc.title}: {exc.detail}", next_step=exc.next_step, retryable=exc.retryable)
-    if isinstance(exc, PackageChanged):
-        return TransferFailed(str(exc))
     next_step = exc.next_step if isinstance(exc, GantryError) else ""
     return ERROR_CLASSES[_CODE_OF_STAGE[stage]](f"{type(exc).__name__}: {exc}", next_step=next_step)
 

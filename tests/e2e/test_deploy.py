@@ -281,7 +281,9 @@ async def main(path, name):
         request = DeployRequest(container_name=name, package=package)
         accepted = await receiver.announce(request, "flip-" + name)
         try:
-            await receiver.upload(accepted.deployment_id, path)
+            for offset in range(0, len(bad), 2**20):
+                chunk = bytes(bad[offset : offset + 2**20])
+                await receiver.send_chunk(accepted.deployment_id, offset, chunk)
         except ReceiverRefused as refused:
             print(refused.type, (await receiver.status(accepted.deployment_id)).state.value)
 

@@ -31,7 +31,7 @@ PAIRS = (
     " OR (from_state = 'ROLLING_BACK' AND to_state IN ('ROLLBACK_COMPLETED', 'FAILED'))"
 )
 BIG_KEY = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-JSON = sa.JSON().with_variant(JSONB(), "postgresql")
+JSON = sa.JSON().with_variant(JSONB(), "postgresql")  # type: ignore[no-untyped-call]  # in SQLAlchemy 2.0 only
 MOMENT = sa.DateTime(timezone=True)
 
 
