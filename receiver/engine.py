@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import docker
-from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, DockerException, ImageLoadError, ImageNotFound, NotFound
 from docker.models.containers import Container
 from docker.models.images import Image
 from docker.types import Mount
@@ -240,6 +240,8 @@ class Engine:
             loaded = self._client.images.load(cast("bytes", archive))
         except ArchiveDamaged as exc:
             raise PackageRefused(f"the package is refused, and nothing of it was loaded: {exc}") from exc
+        except ImageLoadError as exc:
+            raise PackageRefused(f"the engine refuses the package: {exc}; deploy again") from exc
         finally:
             archive.close()
         if len(loaded) != 1:

@@ -12,6 +12,7 @@ from typing import Any
 
 from docker import DockerClient
 from docker.models.containers import Container
+from docker.models.images import Image
 
 from deployments import lab
 from deployments.demo_image import static_busybox
@@ -53,6 +54,16 @@ COPY busybox /bin/busybox
 RUN ["/bin/busybox", "--install", "-s", "/bin"]
 STOPSIGNAL SIGKILL
 """
+
+
+def announced(image: Image) -> ImageAnnouncement:
+    """A local image as a sender announces it."""
+    return ImageAnnouncement(
+        config_digest=str(image.id),
+        layers=image.attrs["RootFS"]["Layers"],
+        architecture=image.attrs["Architecture"],
+        size_bytes=image.attrs["Size"],
+    )
 
 
 async def take(operations: Operations, step: str) -> None:
@@ -100,12 +111,7 @@ class Rig:
             text = f"FROM {BASE_IMAGE}\nENV VERSION={version}\nLABEL {LABEL_CONTAINER}=test\n"
             (Path(folder) / "Dockerfile").write_text(text)
             image, _ = self.docker.images.build(path=folder, tag=f"test:{version}", rm=True)
-        return ImageAnnouncement(
-            config_digest=str(image.id),
-            layers=image.attrs["RootFS"]["Layers"],
-            architecture=image.attrs["Architecture"],
-            size_bytes=image.attrs["Size"],
-        )
+        return announced(image)
 
     def announce(
         self,

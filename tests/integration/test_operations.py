@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import json
+import os
 import socket
 import tarfile
 import time
@@ -39,6 +40,7 @@ from tests.integration.host_rig import (
     SERVE,
     STEPS,
     Rig,
+    announced,
     assert_serves,
     host_rig,
     take,
@@ -262,6 +264,28 @@ async def test_a_damaged_package_is_refused_and_not_loaded(
     with pytest.raises(PackageRefused):
         await take(operations, "deploy_container")
     assert rig.names(name) == []
+
+
+async def test_a_layer_that_changed_on_the_host_s_disk_is_refused(
+    rig: Rig, name: str, version: str, tmp_path: Path
+) -> None:
+    """After the package was verified: the engine proves each layer, and the old container serves."""
+    old = rig.serve(name)
+    secret = os.urandom(64).hex()
+    (tmp_path / "Dockerfile").write_text(f"FROM {BASE_IMAGE}\nRUN echo {secret} > /content\n")
+    image, _ = rig.docker.images.build(path=str(tmp_path), tag=f"test:{version}", rm=True)
+    rig.images[version] = announced(image)
+    operations = rig.announce(name, version)
+    package = operations.package_path()
+    move_to_package(rig, version, package)
+    content = package.read_bytes()
+    at = content.index(f"{secret}\n\0".encode())
+    package.write_bytes(content[:at] + b"x" + content[at + 1 :])
+    with pytest.raises(PackageRefused, match=r"the engine refuses the package: .*diffID"):
+        await take(operations, "deploy_container")
+    with pytest.raises(ImageNotFound):
+        rig.docker.images.get(str(image.id))
+    assert_serves(rig, old, name)
 
 
 # -- the way back ----------------------------------------------------------------------------------

@@ -128,6 +128,21 @@ async def test_the_image_is_there_without_a_name_when_the_whole_is_verified(rig:
     assert made.image.tags == [f"{made.name}:v1"]
 
 
+async def test_two_deployments_that_share_layers_arrive_at_once(rig: Rig) -> None:
+    """Both images are there and run, each with its own and the common layers."""
+    both = [arrival(rig), arrival(rig)]
+    for _ in range(PIECES):
+        for one in both:
+            await one.send(1)
+    for one in both:
+        await one.packages.announce(one.deployment_id, announcement(one.package))
+    await asyncio.gather(*(take_up_to(one.operations, "start_container") for one in both))
+    assert set(both[0].image.layers) & set(both[1].image.layers)
+    for one in both:
+        made = rig.docker.containers.get(one.operations.entry.request.container_name)
+        assert (made.attrs["Image"], made.status) == (one.image.config_digest, "running")
+
+
 async def test_another_package_than_the_announced_one_is_not_kept(rig: Rig) -> None:
     """The host refuses it, and the engine forgets what it got."""
     arriving = arrival(rig)
