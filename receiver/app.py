@@ -214,7 +214,9 @@ class Service:
         if self.preloads.is_due(deployment_id, held_bytes):
             part = self.packages.part(deployment_id)
             with contextlib.suppress(EngineUnreachable, OSError):
-                await self.engine.ask(lambda engine: self.preloads.begin(deployment_id, part, engine))
+                await self.engine.ask(
+                    lambda engine: self.preloads.begin(deployment_id, part, engine), HEALTH_PATIENCE_SECONDS
+                )
 
     async def sweep(self) -> None:
         """Clear up packages, and what the engine was given ahead for a deployment that never used it."""

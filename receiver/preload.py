@@ -47,11 +47,13 @@ class Preloads:
 
     def is_due(self, deployment_id: str, held_bytes: int) -> bool:
         """True once for a package that is large enough, with 0 for none. Reads nothing."""
-        return 0 < self._from_bytes <= held_bytes and deployment_id not in self._seen
+        if deployment_id in self._seen or not 0 < self._from_bytes <= held_bytes:
+            return False
+        self._seen.add(deployment_id)
+        return True
 
     def begin(self, deployment_id: str, part: Path, engine: Engine) -> threading.Thread | None:
         """Feed the engine with what arrives, from now on; None where that is not possible. Blocking."""
-        self._seen.add(deployment_id)
         entry = self._ledger.get(deployment_id)
         comes_by_http = entry.state is HostState.RECEIVING and entry.request.transport is Transport.HTTP
         if not comes_by_http or entry.request.image is None or engine.has_containerd_store:
