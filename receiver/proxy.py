@@ -1,20 +1,19 @@
-"""HAProxy on the host: started and kept, told which container serves, asked whether an old one is idle.
+"""HAProxy on the host: told which container serves, asked whether an old one is idle.
 
 Routes are written to disk before HAProxy is told, so that they outlive it. Whoever changes one holds the
-proxy's lock; only the daemon starts HAProxy (`keep_running`), which outlives the daemon. Imports no Docker.
+proxy's lock; only the daemon starts HAProxy (`receiver.proxy_keeper`), which outlives it. Imports no Docker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +25,9 @@ from receiver import proxy_socket
 from receiver.binding import bind_error
 from receiver.proxy_socket import Master, ProxySilent
 from receiver.proxy_socket import ProxyFailed as ProxyFailed
-from receiver.routes import SLOTS, Bind, Route, Routes, Slot, configuration, digest, port_of
+from receiver.routes import SLOTS, Bind, Refused, Route, Routes, Slot, configuration, digest, port_of
 from receiver.settings import ReceiverSettings
 
-log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
 CLOSING_SECONDS = 5.0
 _MASTER_SECONDS = 5.0
@@ -42,6 +40,10 @@ class ProxyMissing(ProxyFailed):
     """There is no HAProxy on this host"""
 
 
+class ProxyRefused(ProxyFailed):
+    """HAProxy refuses its configuration"""
+
+
 @dataclass(frozen=True)
 class Proxy:
     """The host's HAProxy, reached by its sockets in the state folder. Blocking."""
@@ -52,6 +54,18 @@ class Proxy:
     def folder(self) -> Path:
         """Routes, configuration and sockets."""
         return self.settings.proxy_dir
+
+    @property
+    def _routes_file(self) -> Path:
+        return self.folder / "routes.json"
+
+    @property
+    def _config_file(self) -> Path:
+        return self.folder / "haproxy.cfg"
+
+    @property
+    def _refused_file(self) -> Path:
+        return self.folder / "refused.json"
 
     @property
     def _runtime(self) -> Path:
@@ -85,24 +99,23 @@ class Proxy:
     def routes(self) -> Routes:
         """What is written down."""
         try:
-            return Routes.model_validate_json((self.folder / "routes.json").read_bytes())
+            return Routes.model_validate_json(self._routes_file.read_bytes())
         except FileNotFoundError:
             return Routes()
         except ValidationError as exc:
-            raise ProxyFailed(f"{self.folder / 'routes.json'} is damaged; restore or remove it") from exc
+            raise ProxyFailed(f"{self._routes_file} is damaged; restore or remove it") from exc
 
     def route(self, service: str) -> Route | None:
         """The route of a service, or None."""
         return self.routes().of(service)
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process changes routes at a time."""
+    def alone(self, *, wait: bool = True) -> Iterator[bool]:
+        """One process changes routes at a time; False where another one does and this one does not wait."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield _lock(descriptor, wait=wait)
         finally:
             os.close(descriptor)
 
@@ -111,9 +124,14 @@ class Proxy:
         self.program()
         routes = self.routes()
         _refuse_rival(routes, route)
-        trial = self.folder / f"trial-{os.getpid()}-{route.service}.cfg"
+        left_out = {name: told for name, told in self._refused().left_out.items() if name != route.service}
+        self._try(routes.having(route).without_refused(left_out, marks_of(routes)))
+
+    def _try(self, routes: Routes) -> None:
+        """Raise `ProxyRefused` unless HAProxy would take these routes."""
+        trial = self.folder / f"trial-{os.getpid()}-{time.monotonic_ns()}.cfg"
         try:
-            _write(trial, self._text(routes.having(route)))
+            _write(trial, self._text(routes, marks_of(routes)))
             self._run("-c", "-f", str(trial))
         finally:
             trial.unlink(missing_ok=True)
@@ -141,25 +159,43 @@ class Proxy:
 
     def _follow(self, wanted: Routes) -> None:
         before = self.routes()
-        self._write_down(wanted)
+        told = self._write_down(wanted)
         try:
-            self._have_read(digest(wanted))
+            self._have_read(told.partition(".")[0])  # a renewed certificate is the daemon's to see to
         except ProxyFailed:
             self._write_down(before)  # what HAProxy still does
             raise
 
-    def _write_down(self, routes: Routes) -> None:
-        """The configuration last: what HAProxy reads is never ahead of the routes."""
-        _write(self.folder / "routes.json", routes.model_dump_json(indent=1))
-        _write(self.folder / "haproxy.cfg", self._text(routes))
+    def _write_down(self, routes: Routes) -> str:
+        """The configuration last: what HAProxy reads is never ahead of the routes. Returns its digest."""
+        _write(self._routes_file, routes.model_dump_json(indent=1))
+        return self._configure(routes)
 
-    def _text(self, routes: Routes) -> str:
-        return configuration(routes, str(self._runtime), ipv6=_has_ipv6())
+    def _configure(self, routes: Routes) -> str:
+        """Write what HAProxy is to read, where that is not yet there; returns its digest."""
+        marks = marks_of(routes)
+        taken = routes.without_refused(self._refused().left_out, marks)
+        text = self._text(taken, marks)
+        if not self._config_file.exists() or self._config_file.read_text() != text:
+            _write(self._config_file, text)
+        return digest(taken, marks)
+
+    def _refused(self) -> Refused:
+        try:
+            return Refused.model_validate_json(self._refused_file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return Refused()
+
+    def _note_refused(self, refused: Refused) -> None:
+        _write(self._refused_file, refused.model_dump_json(indent=1))
+
+    def _text(self, routes: Routes, marks: Mapping[str, str]) -> str:
+        return configuration(routes, marks, str(self._runtime), ipv6=_has_ipv6())
 
     def _have_read(self, wanted: str) -> None:
-        """Return when HAProxy runs the configuration of this digest, which takes a reload at most."""
+        """Return when HAProxy runs what has this digest, or its beginning; that takes a reload at most."""
         deadline, reload = time.monotonic() + PATIENCE_SECONDS, _Reload(self._master)
-        while (read := proxy_socket.description(self._runtime)) != wanted:
+        while not ((read := proxy_socket.description(self._runtime)) or "").startswith(wanted):
             if read is not None:  # else it is being started, by the daemon
                 reload.see_to(proxy_socket.master(self._ask_master("show proc")))
             if time.monotonic() > deadline:
@@ -256,27 +292,6 @@ class Proxy:
 
     # -- the process -----------------------------------------------------------------------------
 
-    def keep_running(self) -> bool:
-        """Start HAProxy when there are routes and it does not answer; True when it was started.
-
-        For the daemon alone: two starters would give two HAProxys the same ports.
-        """
-        config = self.folder / "haproxy.cfg"
-        if not config.exists():
-            return False
-        if self._is_alive():
-            self._catch_up()
-            return False
-        self._run("-W", "-D", "-S", f"{self._master},mode,600", "-f", str(config), "-p", str(self._pid_file))
-        return True
-
-    def _catch_up(self) -> None:
-        """Reload where a process died between writing a route down and telling HAProxy of it."""
-        with self.alone():
-            wanted = digest(self.routes())
-            if proxy_socket.description(self._runtime) not in {wanted, None}:
-                self._have_read(wanted)
-
     @property
     def _pid_file(self) -> Path:
         return self.folder / "haproxy.pid"
@@ -288,7 +303,7 @@ class Proxy:
             command = Path("/proc", str(pid), "cmdline").read_bytes()
         except (OSError, ValueError):
             return False
-        return str(self.folder / "haproxy.cfg").encode() in command.split(b"\0")
+        return str(self._config_file).encode() in command.split(b"\0")
 
     def _run(self, *arguments: str) -> None:
         """Run the program to its end, or until it has put itself into the background."""
@@ -306,10 +321,24 @@ class Proxy:
                     start_new_session=True,
                     check=False,
                 )
+                if done.returncode == 1:
+                    raise ProxyRefused(f"HAProxy refuses its configuration: {_alerts(said.read_text())}")
                 if done.returncode:
-                    raise ProxyFailed(f"HAProxy refuses its configuration: {_alerts(said.read_text())}")
+                    raise ProxyFailed(f"HAProxy ended with {done.returncode}: {said.read_text()[-300:]}")
         finally:
             said.unlink(missing_ok=True)
+
+
+def marks_of(routes: Routes) -> dict[str, str]:
+    """For each certificate file what changes with its content, or with the right to read it."""
+    return {file: _mark(Path(file)) for file in routes.certificate_files}
+
+
+def _mark(file: Path) -> str:
+    if not os.access(file, os.R_OK):
+        return "missing"
+    found = file.stat()
+    return f"{found.st_mtime_ns} {found.st_size}"
 
 
 @dataclass
@@ -337,6 +366,14 @@ class _Reload:
 def _alerts(said: str) -> str:
     found = re.findall(r"\[ALERT\]\s+\(\d+\) : (.*)", said)
     return "; ".join(line.removeprefix("config : ") for line in found[:2]) or said[-300:]
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _wait_until_free(binds: Iterable[Bind]) -> None:
