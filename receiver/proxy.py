@@ -33,6 +33,7 @@ CLOSING_SECONDS = 5.0
 _MASTER_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 _IDLE_PAUSE_SECONDS = 0.1
+_ANSWER_SECONDS = 2.0
 _PROGRAM_SECONDS = 20
 
 
@@ -94,6 +95,30 @@ class Proxy:
         except ProxyMissing:
             return False
 
+    def version(self) -> str | None:
+        """The program's version as it says it; None where it is not installed."""
+        if not self.is_there:
+            return None
+        said = subprocess.run(
+            [self.program(), "-v"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PROGRAM_SECONDS,
+            check=False,
+        )
+        found = re.search(r"version (\S+)", said.stdout)
+        return found[1] if found else "unknown"
+
+    def answers(self) -> bool:
+        """True when it runs and answers; it is silent for a moment while it starts."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not (self._is_alive() and proxy_socket.description(self._runtime)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PAUSE_SECONDS)
+        return True
+
     # -- routes ----------------------------------------------------------------------------------
 
     def routes(self) -> Routes:
@@ -108,6 +133,11 @@ class Proxy:
     def route(self, service: str) -> Route | None:
         """The route of a service, or None."""
         return self.routes().of(service)
+
+    def left_out(self) -> list[str]:
+        """Services without which HAProxy runs, since it refuses their routes."""
+        refused = self._refused().left_out
+        return [route.service for route in self.routes().routes if route.service in refused]
 
     @contextmanager
     def alone(self, *, wait: bool = True) -> Iterator[bool]:
@@ -124,8 +154,7 @@ class Proxy:
         self.program()
         routes = self.routes()
         _refuse_rival(routes, route)
-        left_out = {name: told for name, told in self._refused().left_out.items() if name != route.service}
-        self._try(routes.having(route).without_refused(left_out, marks_of(routes)))
+        self._try(routes.having(route).without(*self._refused().but(route.service)))
 
     def _try(self, routes: Routes) -> None:
         """Raise `ProxyRefused` unless HAProxy would take these routes."""
@@ -141,8 +170,15 @@ class Proxy:
         with self.alone():
             routes = self.routes()
             _refuse_rival(routes, route)  # another deployment may have come first since the check
+            self._let_in(route)
             self._follow(routes.having(route))
             self._tell(route)  # also when it was written down before: that process may have died then
+
+    def _let_in(self, route: Route) -> None:
+        """It may have another certificate; the daemon leaves it out again where HAProxy refuses it."""
+        refused = self._refused()
+        if route.service in refused.left_out:
+            self._note_refused(refused.leaving_out(refused.but(route.service)))
 
     def remove_route(self, service: str) -> None:
         """Give a service's public ports back; a service without a route is fine."""
@@ -163,8 +199,14 @@ class Proxy:
         try:
             self._have_read(told.partition(".")[0])  # a renewed certificate is the daemon's to see to
         except ProxyFailed:
-            self._write_down(before)  # what HAProxy still does
+            try:
+                self._check_configuration()  # if that is why, it says so
+            finally:
+                self._write_down(before)  # what HAProxy still does
             raise
+
+    def _check_configuration(self) -> None:
+        self._run("-c", "-f", str(self._config_file))
 
     def _write_down(self, routes: Routes) -> str:
         """The configuration last: what HAProxy reads is never ahead of the routes. Returns its digest."""
@@ -174,7 +216,7 @@ class Proxy:
     def _configure(self, routes: Routes) -> str:
         """Write what HAProxy is to read, where that is not yet there; returns its digest."""
         marks = marks_of(routes)
-        taken = routes.without_refused(self._refused().left_out, marks)
+        taken = routes.without(*self._refused().left_out)
         text = self._text(taken, marks)
         if not self._config_file.exists() or self._config_file.read_text() != text:
             _write(self._config_file, text)

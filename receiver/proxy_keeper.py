@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterable
 
 from receiver import proxy_socket
 from receiver.proxy import Proxy, ProxyFailed, ProxyRefused, marks_of
-from receiver.routes import Refused, Routes, digest_of
+from receiver.routes import Refused, Route, Routes, digest, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -35,30 +36,32 @@ class ProxyKeeper(Proxy):
     def _catch_up(self) -> None:
         with self.alone():
             routes = self.routes()
+            self._try_left_out(routes)
             wanted, running = self._configure(routes), proxy_socket.description(self._runtime)
-            if running == wanted:
-                self._forget_mended(routes)
-            elif running is not None and wanted != self._refused().whole:
+            if running not in {wanted, None} and wanted != self._refused().whole:
                 self._reload(routes, wanted)
 
-    def _forget_mended(self, routes: Routes) -> None:
-        """What HAProxy runs again is left out no more, whatever becomes of its file."""
-        marks, known = marks_of(routes), self._refused().left_out
-        told = {route.service: digest_of(route, marks) for route in routes.routes}
-        still = {service: digest for service, digest in known.items() if told.get(service) == digest}
-        if still != known:
-            self._note_refused(Refused(left_out=still))
+    def _try_left_out(self, routes: Routes) -> None:
+        """A route with another certificate than it was refused with is let in, unless it is refused again."""
+        refused, marks = self._refused(), marks_of(routes)
+        ours = {route.service: route for route in routes.routes if route.service in refused.left_out}
+        told = {service: digest_of(route, marks) for service, route in ours.items()}
+        same = dict(told.items() & refused.left_out.items())
+        if same != refused.left_out:
+            changed = [route for service, route in ours.items() if service not in same]
+            self._note_refused(refused.leaving_out({**same, **self._refused_alone(changed)}))
 
     def _reload(self, routes: Routes, wanted: str) -> None:
-        """What HAProxy refuses is remembered, so that it is tried and told once."""
+        """What HAProxy refuses is remembered, so that it is tried once; it runs on with what it has."""
         try:
             self._check_configuration()
         except ProxyRefused as exc:
             log.error("HAProxy goes on with what it has read before: %s", exc)
-            known = self._refused().left_out
-            again = {name: told for name, told in self._refused_alone(routes).items() if name in known}
-            self._note_refused(Refused(left_out={**known, **again}))
-            self._note_refused(Refused(left_out={**known, **again}, whole=self._configure(routes)))
+            left_out = self._refused().left_out
+            refused = self._refused_alone(routes.without(*left_out).routes)
+            runs = {name.rpartition(":")[0] for name in proxy_socket.backends(self._runtime)}
+            fresh = {service: told for service, told in refused.items() if service not in runs}
+            self._note_refused(Refused(whole=wanted, left_out={**left_out, **fresh}))
         else:
             self._have_read(wanted)
 
@@ -77,25 +80,26 @@ class ProxyKeeper(Proxy):
     def _leave_out_refused(self) -> None:
         """Configure HAProxy without the routes that it does not take."""
         routes = self.routes()
+        self._try_left_out(routes)
         self._configure(routes)
         try:
             self._check_configuration()
         except ProxyRefused:
-            left_out = {**self._refused().left_out, **self._refused_alone(routes)}
-            self._note_refused(Refused(left_out=left_out))
+            refused = self._refused()
+            alone = self._refused_alone(routes.without(*refused.left_out).routes)
+            self._note_refused(refused.leaving_out({**refused.left_out, **alone}))
             self._configure(routes)
 
-    def _check_configuration(self) -> None:
-        self._run("-c", "-f", str(self._config_file))
-
-    def _refused_alone(self, routes: Routes) -> dict[str, str]:
-        """The digests of the routes that HAProxy refuses even alone, by service, beside those left out."""
-        marks, refused = marks_of(routes), {}
-        for route in routes.without_refused(self._refused().left_out, marks).routes:
+    def _refused_alone(self, routes: Iterable[Route]) -> dict[str, str]:
+        """The digests, by service, of the routes that HAProxy refuses without any other."""
+        refused = {}
+        for route in routes:
+            only = Routes(routes=(route,))
+            told = digest(only, marks_of(only))
             try:
-                self._try(Routes(routes=(route,)))
+                self._try(only)
             except ProxyRefused as exc:
-                refused[route.service] = digest_of(route, marks)
-                told = (route.service, route.certificate_file, exc)
-                log.error("HAProxy does not take service %s, certificate %s: %s", *told)
+                refused[route.service] = told
+                known = (route.service, route.certificate_file, exc)
+                log.error("HAProxy does not take service %s, certificate %s: %s", *known)
         return refused

@@ -120,14 +120,9 @@ class Routes(_Model):
         others = [other for other in self.routes if other.service != route.service]
         return Routes(routes=tuple(sorted((*others, route), key=lambda each: each.service)))
 
-    def without(self, service: str) -> Routes:
-        """With no route of this service."""
-        return Routes(routes=tuple(route for route in self.routes if route.service != service))
-
-    def without_refused(self, refused: Mapping[str, str], marks: Mapping[str, str]) -> Routes:
-        """With no route whose digest is, by service, one that HAProxy refused."""
-        kept = (route for route in self.routes if refused.get(route.service) != digest_of(route, marks))
-        return Routes(routes=tuple(kept))
+    def without(self, *services: str) -> Routes:
+        """With no route of these services."""
+        return Routes(routes=tuple(route for route in self.routes if route.service not in services))
 
     @property
     def certificate_files(self) -> list[str]:
@@ -141,10 +136,18 @@ class Routes(_Model):
 
 
 class Refused(_Model):
-    """What HAProxy did not take, by digest: a whole configuration, and routes that it was started without."""
+    """What HAProxy did not take, by digest: a whole configuration, and routes without which it runs."""
 
     whole: str = ""
     left_out: dict[str, str] = {}
+
+    def leaving_out(self, left_out: Mapping[str, str]) -> Refused:
+        """With other routes left out, by service."""
+        return self.model_copy(update={"left_out": dict(left_out)})
+
+    def but(self, service: str) -> dict[str, str]:
+        """The routes left out, without that of a service."""
+        return {name: told for name, told in self.left_out.items() if name != service}
 
 
 def _rivals(one: Route, two: Route) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -208,6 +209,19 @@ def test_routes_outlive_haproxy(proxy: Proxy) -> None:
         wait_for(lambda: (proxy.folder / "haproxy.pid").read_text() not in {"", before} and ask(port) == "v2")
 
 
+def test_haproxy_says_its_version_and_whether_it_answers(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is held does not answer."""
+    assert re.fullmatch(r"[23]\.\d+\..*", proxy.version() or "")
+    with version("v1") as one:
+        proxy.set_route(routed(free_port(), one))
+        assert proxy.answers()
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.1)
+    (proxy.folder / "run.sock").unlink()
+    assert not proxy.answers()
+
+
 def test_a_service_gives_its_ports_back(proxy: Proxy) -> None:
     """Without a route, anyone may listen there."""
     port = free_port()
@@ -258,6 +272,13 @@ def certificate(path: Path, name: str) -> ssl.SSLContext:
     fresh.replace(path)
     key.unlink()
     return trusting
+
+
+def broken(path: Path) -> None:
+    """Put something at a certificate's place that is none, at once."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text("half a certificate")
+    fresh.replace(path)
 
 
 def ask_securely(port: int, client: ssl.SSLContext, name: str = "shop.example.com") -> str:
@@ -314,7 +335,7 @@ def test_a_broken_certificate_leaves_haproxy_as_it_is(
     with version("v1") as one, version("v2") as two:
         proxy.set_route(routed(port, one, "shop", https_certificate_file=str(pem)))
         proxy.set_route(routed(plain, one, "blog"))
-        pem.write_text("half a certificate")
+        broken(pem)
         wait_for(lambda: "service shop" in caplog.text)
         time.sleep(0.5)
         proxy.set_route(routed(plain, one, "blog").leading_to(two))
@@ -340,34 +361,39 @@ def test_a_broken_certificate_takes_down_its_own_service_alone(
             end(proxy)
         wait_for(lambda: f"service shop, certificate {pem}" in caplog.text)
         wait_for(lambda: (proxy.folder / "haproxy.pid").exists() and ask(plain) == "v2")
-        pem.write_text("half a certificate")
-        wait_for(lambda: caplog.text.count("service shop") == 2)
+        assert (proxy.answers(), proxy.left_out()) == (True, ["shop"])
+        broken(pem)
         other = routed(free_port(), two, "news")
         proxy.check(other)
         proxy.set_route(other)
-        with pytest.raises(ProxyFailed, match=str(pem)):
-            proxy.check(routed(port, two, "shop", https_certificate_file=str(pem)))
+        wait_for(lambda: caplog.text.count("service shop") == 2)
+        shop = routed(port, two, "shop", https_certificate_file=str(pem))
+        for refused in (proxy.check, proxy.set_route):
+            with pytest.raises(ProxyFailed, match=str(pem)):
+                refused(shop)
+        wait_for(lambda: proxy.left_out() == ["shop"])
+        proxy.set_route(routed(plain, one, "blog"))
         new = certificate(pem, "shop.example.com")
         wait_for(lambda: ask_securely(port, new) == "v1", seconds=3)
+        assert proxy.left_out() == []
 
 
 def test_a_certificate_that_broke_again_does_not_take_down_what_runs(
     proxy: ProxyKeeper, tmp_path: Path
 ) -> None:
     """Not even when it is the very file that HAProxy was started without before."""
-    port, pem, broken = free_port(), tmp_path / "shop.pem", tmp_path / "broken.pem"
+    port, pem, half = free_port(), tmp_path / "shop.pem", tmp_path / "half.pem"
     certificate(pem, "shop.example.com")
-    broken.write_text("half a certificate")
+    broken(half)
     with version("v1") as one:
         proxy.set_route(routed(port, one, https_certificate_file=str(pem)))
         with proxy.alone():
-            shutil.copy2(broken, pem)
+            shutil.copy2(half, pem)
             end(proxy)
-        wait_for(lambda: "left_out" in (proxy.folder / "refused.json").read_text())
+        wait_for(lambda: proxy.left_out() == ["web"] and proxy.answers())
         new = certificate(pem, "shop.example.com")
         wait_for(lambda: ask_securely(port, new) == "v1")
-        wait_for(lambda: '"left_out": {}' in (proxy.folder / "refused.json").read_text())
-        shutil.copy2(broken, pem)
+        shutil.copy2(half, pem)
         time.sleep(0.7)
         assert ask_securely(port, new) == "v1"
 

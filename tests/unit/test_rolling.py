@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from receiver import proxy_socket
 from receiver.contract import DeploymentConfig, Strategy
-from receiver.routes import Route, Routes, Target, configuration, digest, digest_of, route_for
+from receiver.routes import Route, Routes, Target, configuration, digest, route_for
 from tasks.errors import ParametersRefused
 from tasks.parameters import drain_seconds, rolling
 
@@ -137,15 +137,6 @@ def test_a_renewed_certificate_changes_the_digest_behind_its_dot() -> None:
     assert old != new
     assert old.partition(".")[0] == new.partition(".")[0]
     assert f"description {new}\n" in configuration(secure, {"/etc/shop.pem": "2 9"}, "/s", ipv6=False)
-
-
-def test_a_refused_route_is_left_out_while_it_is_as_it_was() -> None:
-    """With another certificate it is tried again."""
-    secure = route("shop", https_certificate_file="/etc/shop.pem")
-    both, broken = Routes(routes=(secure, route())), {"/etc/shop.pem": "1 9"}
-    refused = {"shop": digest_of(secure, broken)}
-    assert both.without_refused(refused, broken) == Routes(routes=(route(),))
-    assert both.without_refused(refused, {"/etc/shop.pem": "2 9"}) == both
 
 
 def test_the_active_slot_alone_takes_requests_after_a_start() -> None:
