@@ -104,7 +104,7 @@ class Proxy:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=_PROGRAM_SECONDS,
+            timeout=_MASTER_SECONDS,
             check=False,
         )
         found = re.search(r"version (\S+)", said.stdout)
@@ -178,7 +178,7 @@ class Proxy:
         """It may have another certificate; the daemon leaves it out again where HAProxy refuses it."""
         refused = self._refused()
         if route.service in refused.left_out:
-            self._note_refused(refused.leaving_out(refused.but(route.service)))
+            self._note_refused(Refused(left_out=refused.but(route.service)))
 
     def remove_route(self, service: str) -> None:
         """Give a service's public ports back; a service without a route is fine."""
@@ -377,10 +377,11 @@ def marks_of(routes: Routes) -> dict[str, str]:
 
 
 def _mark(file: Path) -> str:
-    if not os.access(file, os.R_OK):
+    try:
+        found = file.stat()
+    except OSError:
         return "missing"
-    found = file.stat()
-    return f"{found.st_mtime_ns} {found.st_size}"
+    return f"{found.st_mtime_ns} {found.st_size}" if os.access(file, os.R_OK) else "missing"
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -84,7 +85,7 @@ def _proxied(service: Service) -> list[PublishedPort]:
 def _proxy(service: Service) -> HostProxy | None:
     """HAProxy, unless its routes cannot be read; one without routes need not run."""
     proxy = Proxy(service.settings)
-    with contextlib.suppress(ProxyFailed):
+    with contextlib.suppress(ProxyFailed, subprocess.TimeoutExpired):
         services = [route.service for route in proxy.routes().routes]
         return HostProxy(
             version=proxy.version(),

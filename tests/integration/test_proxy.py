@@ -378,6 +378,27 @@ def test_a_broken_certificate_takes_down_its_own_service_alone(
         assert proxy.left_out() == []
 
 
+def test_moving_a_service_that_is_left_out_is_refused_and_harms_no_other(
+    proxy: ProxyKeeper, tmp_path: Path
+) -> None:
+    """Also when it ran with its certificate before, and HAProxy was started anew since."""
+    port, plain, pem = free_port(), free_port(), tmp_path / "shop.pem"
+    certificate(pem, "shop.example.com")
+    with version("v1") as one, version("v2") as two:
+        shop = routed(port, one, "shop", https_certificate_file=str(pem))
+        proxy.set_route(shop)
+        proxy.set_route(routed(plain, one, "blog"))
+        broken(pem)
+        wait_for((proxy.folder / "refused.json").exists)
+        end(proxy)
+        wait_for(lambda: proxy.left_out() == ["shop"] and proxy.answers())
+        with pytest.raises(ProxyFailed, match=str(pem)):
+            proxy.set_route(shop)
+        wait_for(lambda: proxy.left_out() == ["shop"])
+        proxy.set_route(routed(plain, one, "blog").leading_to(two))
+        assert ask(plain) == "v2"
+
+
 def test_a_certificate_that_broke_again_does_not_take_down_what_runs(
     proxy: ProxyKeeper, tmp_path: Path
 ) -> None:
