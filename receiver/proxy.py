@@ -339,13 +339,19 @@ class Proxy:
         return self.folder / "haproxy.pid"
 
     def _is_alive(self) -> bool:
-        """By its process: its sockets are silent for a moment while it reads its configuration again."""
+        """By its processes: sockets, pid file and command line of the master are gone while it reads anew."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._is_ours(int(self._pid_file.read_text())):
+                return True
+        return any(self._is_ours(int(found.name)) for found in Path("/proc").glob("[0-9]*"))
+
+    def _is_ours(self, pid: int) -> bool:
+        """True for a master or a worker; one that checks a configuration is neither."""
         try:
-            pid = int(self._pid_file.read_text())
-            command = Path("/proc", str(pid), "cmdline").read_bytes()
-        except (OSError, ValueError):
+            words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+        except OSError:
             return False
-        return str(self._config_file).encode() in command.split(b"\0")
+        return b"-W" in words and str(self._config_file).encode() in words
 
     def _run(self, *arguments: str) -> None:
         """Run the program to its end, or until it has put itself into the background."""

@@ -97,11 +97,20 @@ def kept(proxy: ProxyKeeper) -> Iterator[None]:
 
 
 def end(proxy: Proxy, how: signal.Signals = signal.SIGTERM) -> None:
-    """End HAProxy, if it runs."""
-    pid_file = proxy.folder / "haproxy.pid"
-    if pid_file.exists():
-        os.kill(int(pid_file.read_text()), how)
-        pid_file.unlink()
+    """End HAProxy, if it runs; it may miss a signal while it reads its configuration again."""
+    left = processes(proxy)
+    (proxy.folder / "haproxy.pid").unlink(missing_ok=True)
+    while left:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, how)
+        time.sleep(0.1)
+        left &= processes(proxy)
+
+
+def processes(proxy: Proxy) -> set[int]:
+    """Masters and workers of HAProxy."""
+    return {int(found.name) for found in Path("/proc").glob("[0-9]*") if proxy._is_ours(int(found.name))}
 
 
 def routed(port: int, target: Target, service: str = "web", **config: object) -> Route:
@@ -220,6 +229,16 @@ def test_haproxy_says_its_version_and_whether_it_answers(
     monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.1)
     (proxy.folder / "run.sock").unlink()
     assert not proxy.answers()
+
+
+def test_haproxy_that_reads_its_configuration_is_not_started_beside_itself(proxy: Proxy) -> None:
+    """It writes its pid file anew then, and is without one for a moment."""
+    with version("v1") as one:
+        proxy.set_route(routed(free_port(), one))
+        before = processes(proxy)
+        (proxy.folder / "haproxy.pid").unlink()
+        time.sleep(0.3)
+        assert processes(proxy) <= before
 
 
 def test_a_service_gives_its_ports_back(proxy: Proxy) -> None:
