@@ -274,11 +274,11 @@ class ReceiverClient:
         sent = self._json_request(path, request, {contract.IDEMPOTENCY_HEADER: idempotency_key})
         return _read(contract.DeployAccepted, await self._succeed(sent))
 
-    async def report(self, ports: Sequence[str] = ()) -> contract.HostReport:
-        """What the host says of itself, and of the host ports that are wanted (as `8080/tcp`)."""
+    async def report(self, ports: Sequence[str] = (), *, proxy: bool = False) -> contract.HostReport:
+        """What the host says of itself, of the ports that are wanted (as `8080/tcp`), and of its proxy."""
+        wanted = {**({"port": list(ports)} if ports else {}), **({"proxy": "true"} if proxy else {})}
         # An empty query would be signed with its question mark, and arrive without it.
-        wanted = {"port": list(ports)} if ports else None
-        sent = self._http.build_request("GET", contract.HOST_PATH, params=wanted)
+        sent = self._http.build_request("GET", contract.HOST_PATH, params=wanted or None)
         return _read(contract.HostReport, await self._succeed(sent))
 
     async def restore(self, deployment_id: str) -> contract.DeploymentStatus:

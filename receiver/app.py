@@ -45,6 +45,7 @@ from receiver.operations import Host, loaded_bytes
 from receiver.packages import Bytes, OmittedLayersUnknown, PackageMismatch, Packages, held_bytes
 from receiver.preload import Preloads
 from receiver.proxy import Proxy, ProxyFailed, ProxyMissing
+from receiver.proxy_keeper import ProxyKeeper
 from receiver.settings import ReceiverSettings
 
 log = logging.getLogger(__name__)
@@ -226,7 +227,7 @@ class Service:
 
     async def keep_proxy(self) -> None:
         """Start HAProxy when a service needs it and it does not run; it outlives this daemon."""
-        if await asyncio.to_thread(Proxy(self.settings).keep_running):
+        if await asyncio.to_thread(ProxyKeeper(self.settings).keep_running):
             log.warning("HAProxy was started")
 
 

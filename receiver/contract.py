@@ -516,8 +516,17 @@ class OpenDeployment(WireModel):
     updated_at: datetime
 
 
+class HostProxy(WireModel):
+    """The host's HAProxy, which strategy `rolling` needs, and the services whose ports it holds."""
+
+    version: str | None = Field(description="None where it is not installed.")
+    runs: bool = Field(description="It runs, and answers.")
+    services: list[str]
+    left_out: list[str] = Field(description="Services without which it was started: it refuses their routes.")
+
+
 class HostReport(WireModel):
-    """Answer to `GET /api/host?port=8080/tcp`; `settings` holds no secret."""
+    """Answer to `GET /api/host?port=8080/tcp&proxy=true`; `settings` holds no secret."""
 
     version: str
     time: datetime
@@ -526,6 +535,7 @@ class HostReport(WireModel):
     ports: list[HostPort]
     open_deployments: list[OpenDeployment]
     settings: dict[str, str]
+    proxy: HostProxy | None = Field(default=None, description="Told to those who ask: it is newer.")
 
 
 class Problem(BaseModel):

@@ -57,6 +57,6 @@ def accepted(
     )
 
 
-def as_json(model: BaseModel, status_code: int = 200) -> Response:
-    """The answer that holds `model`."""
-    return Response(model.model_dump_json(), status_code, media_type="application/json")
+def as_json(model: BaseModel, status_code: int = 200, *, without: set[str] | None = None) -> Response:
+    """The answer that holds `model`, but for the fields that the caller does not know."""
+    return Response(model.model_dump_json(exclude=without), status_code, media_type="application/json")

@@ -1,20 +1,19 @@
-"""HAProxy on the host: started and kept, told which container serves, asked whether an old one is idle.
+"""HAProxy on the host: told which container serves, asked whether an old one is idle.
 
 Routes are written to disk before HAProxy is told, so that they outlive it. Whoever changes one holds the
-proxy's lock; only the daemon starts HAProxy (`keep_running`), which outlives the daemon. Imports no Docker.
+proxy's lock; only the daemon starts HAProxy (`receiver.proxy_keeper`), which outlives it. Imports no Docker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,20 +25,24 @@ from receiver import proxy_socket
 from receiver.binding import bind_error
 from receiver.proxy_socket import Master, ProxySilent
 from receiver.proxy_socket import ProxyFailed as ProxyFailed
-from receiver.routes import SLOTS, Bind, Route, Routes, Slot, configuration, digest, port_of
+from receiver.routes import SLOTS, Bind, Refused, Route, Routes, Slot, configuration, digest, port_of
 from receiver.settings import ReceiverSettings
 
-log = logging.getLogger(__name__)
 PATIENCE_SECONDS = 10.0
 CLOSING_SECONDS = 5.0
 _MASTER_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 _IDLE_PAUSE_SECONDS = 0.1
+_ANSWER_SECONDS = 2.0
 _PROGRAM_SECONDS = 20
 
 
 class ProxyMissing(ProxyFailed):
     """There is no HAProxy on this host"""
+
+
+class ProxyRefused(ProxyFailed):
+    """HAProxy refuses its configuration"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,18 @@ class Proxy:
     def folder(self) -> Path:
         """Routes, configuration and sockets."""
         return self.settings.proxy_dir
+
+    @property
+    def _routes_file(self) -> Path:
+        return self.folder / "routes.json"
+
+    @property
+    def _config_file(self) -> Path:
+        return self.folder / "haproxy.cfg"
+
+    @property
+    def _refused_file(self) -> Path:
+        return self.folder / "refused.json"
 
     @property
     def _runtime(self) -> Path:
@@ -80,29 +95,57 @@ class Proxy:
         except ProxyMissing:
             return False
 
+    def version(self) -> str | None:
+        """The program's version as it says it; None where it is not installed."""
+        if not self.is_there:
+            return None
+        said = subprocess.run(
+            [self.program(), "-v"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_MASTER_SECONDS,
+            check=False,
+        )
+        found = re.search(r"version (\S+)", said.stdout)
+        return found[1] if found else "unknown"
+
+    def answers(self) -> bool:
+        """True when it runs and answers; it is silent for a moment while it starts."""
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not (self._is_alive() and proxy_socket.description(self._runtime)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_PAUSE_SECONDS)
+        return True
+
     # -- routes ----------------------------------------------------------------------------------
 
     def routes(self) -> Routes:
         """What is written down."""
         try:
-            return Routes.model_validate_json((self.folder / "routes.json").read_bytes())
+            return Routes.model_validate_json(self._routes_file.read_bytes())
         except FileNotFoundError:
             return Routes()
         except ValidationError as exc:
-            raise ProxyFailed(f"{self.folder / 'routes.json'} is damaged; restore or remove it") from exc
+            raise ProxyFailed(f"{self._routes_file} is damaged; restore or remove it") from exc
 
     def route(self, service: str) -> Route | None:
         """The route of a service, or None."""
         return self.routes().of(service)
 
+    def left_out(self) -> list[str]:
+        """Services without which HAProxy runs, since it refuses their routes."""
+        refused = self._refused().left_out
+        return [route.service for route in self.routes().routes if route.service in refused]
+
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """One process changes routes at a time."""
+    def alone(self, *, wait: bool = True) -> Iterator[bool]:
+        """One process changes routes at a time; False where another one does and this one does not wait."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield _lock(descriptor, wait=wait)
         finally:
             os.close(descriptor)
 
@@ -111,9 +154,13 @@ class Proxy:
         self.program()
         routes = self.routes()
         _refuse_rival(routes, route)
-        trial = self.folder / f"trial-{os.getpid()}-{route.service}.cfg"
+        self._try(routes.having(route).without(*self._refused().but(route.service)))
+
+    def _try(self, routes: Routes) -> None:
+        """Raise `ProxyRefused` unless HAProxy would take these routes."""
+        trial = self.folder / f"trial-{os.getpid()}-{time.monotonic_ns()}.cfg"
         try:
-            _write(trial, self._text(routes.having(route)))
+            _write(trial, self._text(routes, marks_of(routes)))
             self._run("-c", "-f", str(trial))
         finally:
             trial.unlink(missing_ok=True)
@@ -123,8 +170,15 @@ class Proxy:
         with self.alone():
             routes = self.routes()
             _refuse_rival(routes, route)  # another deployment may have come first since the check
+            self._let_in(route)
             self._follow(routes.having(route))
             self._tell(route)  # also when it was written down before: that process may have died then
+
+    def _let_in(self, route: Route) -> None:
+        """It may have another certificate; the daemon leaves it out again where HAProxy refuses it."""
+        refused = self._refused()
+        if route.service in refused.left_out:
+            self._note_refused(Refused(left_out=refused.but(route.service)))
 
     def remove_route(self, service: str) -> None:
         """Give a service's public ports back; a service without a route is fine."""
@@ -141,25 +195,49 @@ class Proxy:
 
     def _follow(self, wanted: Routes) -> None:
         before = self.routes()
-        self._write_down(wanted)
+        told = self._write_down(wanted)
         try:
-            self._have_read(digest(wanted))
+            self._have_read(told.partition(".")[0])  # a renewed certificate is the daemon's to see to
         except ProxyFailed:
-            self._write_down(before)  # what HAProxy still does
+            try:
+                self._check_configuration()  # if that is why, it says so
+            finally:
+                self._write_down(before)  # what HAProxy still does
             raise
 
-    def _write_down(self, routes: Routes) -> None:
-        """The configuration last: what HAProxy reads is never ahead of the routes."""
-        _write(self.folder / "routes.json", routes.model_dump_json(indent=1))
-        _write(self.folder / "haproxy.cfg", self._text(routes))
+    def _check_configuration(self) -> None:
+        self._run("-c", "-f", str(self._config_file))
 
-    def _text(self, routes: Routes) -> str:
-        return configuration(routes, str(self._runtime), ipv6=_has_ipv6())
+    def _write_down(self, routes: Routes) -> str:
+        """The configuration last: what HAProxy reads is never ahead of the routes. Returns its digest."""
+        _write(self._routes_file, routes.model_dump_json(indent=1))
+        return self._configure(routes)
+
+    def _configure(self, routes: Routes) -> str:
+        """Write what HAProxy is to read, where that is not yet there; returns its digest."""
+        marks = marks_of(routes)
+        taken = routes.without(*self._refused().left_out)
+        text = self._text(taken, marks)
+        if not self._config_file.exists() or self._config_file.read_text() != text:
+            _write(self._config_file, text)
+        return digest(taken, marks)
+
+    def _refused(self) -> Refused:
+        try:
+            return Refused.model_validate_json(self._refused_file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return Refused()
+
+    def _note_refused(self, refused: Refused) -> None:
+        _write(self._refused_file, refused.model_dump_json(indent=1))
+
+    def _text(self, routes: Routes, marks: Mapping[str, str]) -> str:
+        return configuration(routes, marks, str(self._runtime), ipv6=_has_ipv6())
 
     def _have_read(self, wanted: str) -> None:
-        """Return when HAProxy runs the configuration of this digest, which takes a reload at most."""
+        """Return when HAProxy runs what has this digest, or its beginning; that takes a reload at most."""
         deadline, reload = time.monotonic() + PATIENCE_SECONDS, _Reload(self._master)
-        while (read := proxy_socket.description(self._runtime)) != wanted:
+        while not ((read := proxy_socket.description(self._runtime)) or "").startswith(wanted):
             if read is not None:  # else it is being started, by the daemon
                 reload.see_to(proxy_socket.master(self._ask_master("show proc")))
             if time.monotonic() > deadline:
@@ -256,39 +334,24 @@ class Proxy:
 
     # -- the process -----------------------------------------------------------------------------
 
-    def keep_running(self) -> bool:
-        """Start HAProxy when there are routes and it does not answer; True when it was started.
-
-        For the daemon alone: two starters would give two HAProxys the same ports.
-        """
-        config = self.folder / "haproxy.cfg"
-        if not config.exists():
-            return False
-        if self._is_alive():
-            self._catch_up()
-            return False
-        self._run("-W", "-D", "-S", f"{self._master},mode,600", "-f", str(config), "-p", str(self._pid_file))
-        return True
-
-    def _catch_up(self) -> None:
-        """Reload where a process died between writing a route down and telling HAProxy of it."""
-        with self.alone():
-            wanted = digest(self.routes())
-            if proxy_socket.description(self._runtime) not in {wanted, None}:
-                self._have_read(wanted)
-
     @property
     def _pid_file(self) -> Path:
         return self.folder / "haproxy.pid"
 
     def _is_alive(self) -> bool:
-        """By its process: its sockets are silent for a moment while it reads its configuration again."""
+        """By its processes: sockets, pid file and command line of the master are gone while it reads anew."""
+        with contextlib.suppress(OSError, ValueError):
+            if self._is_ours(int(self._pid_file.read_text())):
+                return True
+        return any(self._is_ours(int(found.name)) for found in Path("/proc").glob("[0-9]*"))
+
+    def _is_ours(self, pid: int) -> bool:
+        """True for a master or a worker; one that checks a configuration is neither."""
         try:
-            pid = int(self._pid_file.read_text())
-            command = Path("/proc", str(pid), "cmdline").read_bytes()
-        except (OSError, ValueError):
+            words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
+        except OSError:
             return False
-        return str(self.folder / "haproxy.cfg").encode() in command.split(b"\0")
+        return b"-W" in words and str(self._config_file).encode() in words
 
     def _run(self, *arguments: str) -> None:
         """Run the program to its end, or until it has put itself into the background."""
@@ -306,10 +369,25 @@ class Proxy:
                     start_new_session=True,
                     check=False,
                 )
+                if done.returncode == 1:
+                    raise ProxyRefused(f"HAProxy refuses its configuration: {_alerts(said.read_text())}")
                 if done.returncode:
-                    raise ProxyFailed(f"HAProxy refuses its configuration: {_alerts(said.read_text())}")
+                    raise ProxyFailed(f"HAProxy ended with {done.returncode}: {said.read_text()[-300:]}")
         finally:
             said.unlink(missing_ok=True)
+
+
+def marks_of(routes: Routes) -> dict[str, str]:
+    """For each certificate file what changes with its content, or with the right to read it."""
+    return {file: _mark(Path(file)) for file in routes.certificate_files}
+
+
+def _mark(file: Path) -> str:
+    try:
+        found = file.stat()
+    except OSError:
+        return "missing"
+    return f"{found.st_mtime_ns} {found.st_size}" if os.access(file, os.R_OK) else "missing"
 
 
 @dataclass
@@ -337,6 +415,14 @@ class _Reload:
 def _alerts(said: str) -> str:
     found = re.findall(r"\[ALERT\]\s+\(\d+\) : (.*)", said)
     return "; ".join(line.removeprefix("config : ") for line in found[:2]) or said[-300:]
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _wait_until_free(binds: Iterable[Bind]) -> None:

@@ -66,6 +66,11 @@ def description(path: Path) -> str | None:
     return found[1] if found else None
 
 
+def backends(path: Path) -> set[str]:
+    """The backends that the worker has."""
+    return set(ask(path, "show backend").split()) - {"#", "name"}
+
+
 def server_states(path: Path, backend: str) -> dict[str, ServerState]:
     """The servers of a backend, by name."""
     lines = ask(path, f"show servers state {backend}").splitlines()

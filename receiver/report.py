@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from receiver import contract, locks, ports
-from receiver.contract import HostDisk, HostEngine, HostReport, OpenDeployment
+from receiver.contract import HostDisk, HostEngine, HostProxy, HostReport, OpenDeployment
 from receiver.engine import EngineInfo, EngineUnreachable, PublishedPort
 from receiver.exchange import as_json
 from receiver.ledger import Entry, utc_now
@@ -36,13 +37,18 @@ router = APIRouter()
 async def tell_host(
     request: Request,
     port: Annotated[list[str], Query(max_length=MAX_PORTS)] = [],  # noqa: B006 - not changed
+    *,
+    proxy: bool = False,
 ) -> Response:
-    """How the host is; an engine that does not answer is told as none."""
+    """How the host is; an engine that does not answer is told as none, the proxy to those who ask for it."""
     service: Service = request.app.state.service
     wanted = [_wanted(text) for text in port]
     info = await _or_none(service)
     published = await _published(service) if info and wanted else []
-    return as_json(await asyncio.to_thread(_report, service, info, wanted, published))
+    told = await asyncio.to_thread(_report, service, info, wanted, published)
+    if not proxy:
+        return as_json(told, without={"proxy"})
+    return as_json(told.model_copy(update={"proxy": await asyncio.to_thread(_proxy, service)}))
 
 
 def _wanted(text: str) -> ports.Wanted:
@@ -74,6 +80,20 @@ def _proxied(service: Service) -> list[PublishedPort]:
             for bind in route.binds
         ]
     return []
+
+
+def _proxy(service: Service) -> HostProxy | None:
+    """HAProxy, unless its routes cannot be read; one without routes need not run."""
+    proxy = Proxy(service.settings)
+    with contextlib.suppress(ProxyFailed, subprocess.TimeoutExpired):
+        services = [route.service for route in proxy.routes().routes]
+        return HostProxy(
+            version=proxy.version(),
+            runs=bool(services) and proxy.answers(),
+            services=services,
+            left_out=proxy.left_out(),
+        )
+    return None
 
 
 def _report(

@@ -7,7 +7,7 @@ version goes, or where the last one finishes. Both are told to HAProxy as server
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -120,14 +120,34 @@ class Routes(_Model):
         others = [other for other in self.routes if other.service != route.service]
         return Routes(routes=tuple(sorted((*others, route), key=lambda each: each.service)))
 
-    def without(self, service: str) -> Routes:
-        """With no route of this service."""
-        return Routes(routes=tuple(route for route in self.routes if route.service != service))
+    def without(self, *services: str) -> Routes:
+        """With no route of these services."""
+        return Routes(routes=tuple(route for route in self.routes if route.service not in services))
+
+    @property
+    def certificate_files(self) -> list[str]:
+        """All that HAProxy reads for them."""
+        return sorted({route.certificate_file for route in self.routes if route.certificate_file})
 
     def rival(self, route: Route) -> Route | None:
         """Another service that wants the same requests."""
         others = (other for other in self.routes if other.service != route.service)
         return next((other for other in others if _rivals(route, other)), None)
+
+
+class Refused(_Model):
+    """What HAProxy did not take, by digest: a whole configuration, and routes without which it runs."""
+
+    whole: str = ""
+    left_out: dict[str, str] = {}
+
+    def leaving_out(self, left_out: Mapping[str, str]) -> Refused:
+        """With other routes left out, by service."""
+        return self.model_copy(update={"left_out": dict(left_out)})
+
+    def but(self, service: str) -> dict[str, str]:
+        """The routes left out, without that of a service."""
+        return {name: told for name, told in self.left_out.items() if name != service}
 
 
 def _rivals(one: Route, two: Route) -> bool:
@@ -158,15 +178,28 @@ def route_for(service: str, config: DeploymentConfig, target: Target) -> Route:
 # -- configuration -------------------------------------------------------------------------------
 
 
-def digest(routes: Routes) -> str:
-    """What changes only when HAProxy has to read its configuration again: not with a target."""
+def digest(routes: Routes, marks: Mapping[str, str]) -> str:
+    """What changes only when HAProxy has to read its configuration again: not with a target.
+
+    `marks` change with the content of a certificate file. What comes before the dot leaves them out.
+    """
     fixed = [route.model_dump_json(exclude={"active", "a", "b"}) for route in routes.routes]
-    return hashlib.sha256("\n".join(fixed).encode()).hexdigest()[:16]
+    seen = [f"{file} {marks.get(file)}" for file in routes.certificate_files]
+    return f"{_hash(fixed)}.{_hash(seen)}"
 
 
-def configuration(routes: Routes, socket: str, *, ipv6: bool) -> str:
-    """HAProxy's configuration; the same routes give the same text."""
-    head = _HEAD.format(digest=digest(routes), socket=socket, longest=_MAX_REQUEST_SECONDS)
+def digest_of(route: Route, marks: Mapping[str, str]) -> str:
+    """The digest of one route alone."""
+    return digest(Routes(routes=(route,)), marks)
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def configuration(routes: Routes, marks: Mapping[str, str], socket: str, *, ipv6: bool) -> str:
+    """HAProxy's configuration; the same routes and certificates give the same text."""
+    head = _HEAD.format(digest=digest(routes, marks), socket=socket, longest=_MAX_REQUEST_SECONDS)
     return "\n".join([head, *_frontends(routes.routes, ipv6=ipv6), *_backends(routes.routes)]) + "\n"
 
 

@@ -205,7 +205,7 @@ def request_of(
 ) -> DeployRequest:
     """The request that brings a kept version back: its own, but what ran before returns if it is unwell.
 
-    It goes the way of the current version: a service that rolls is rolled back, too.
+    It goes the way of the current version, where the kept one can; without a current one, its own.
     """
     if version.entry is None:
         raise VersionLost(f"the ledger of this host does not know how {version} was started")
@@ -221,12 +221,15 @@ def request_of(
 
 
 def _by_way_of(current: Version | None, config: DeploymentConfig) -> DeploymentConfig:
-    if current is None or current.entry is None or config.cannot_roll:
+    if current is None or current.entry is None:
         return config
     now = current.entry.request.deployment_config
-    if now.way is not Strategy.ROLLING or config.way is Strategy.ROLLING:
+    if now.way is config.way or (now.way is Strategy.ROLLING and config.cannot_roll):
         return config
-    return config.model_copy(update={name: getattr(now, name) for name in _WAY})
+    way = {name: getattr(now, name) for name in _WAY}
+    if now.way is Strategy.RECREATE:  # perhaps as a fallback, with names that only the proxy heeds
+        way |= {"strategy": now.way, "hostname": None, "https_certificate_file": None}
+    return config.model_copy(update=way)
 
 
 # -- endpoints -----------------------------------------------------------------------------------

@@ -205,6 +205,31 @@ def _port(found: HostFindings, port: HostPort) -> Check:
     return failed(name, told, f"on the host: {stop}; or choose another host_port")
 
 
+def _proxy(found: HostFindings) -> Iterator[Check]:
+    """An older receiver does not tell; a host without rolling services needs none."""
+    proxy = found.report.proxy if found.report else None
+    if found.report is None or proxy is None:
+        return
+    needed = f"needed by {', '.join(proxy.services)}"
+    install = "on the host: sudo apt-get install haproxy"
+    config = f"{found.report.settings.get('HOOK_RECEIVER_STATE_DIR', '')}/proxy/haproxy.cfg"
+    if proxy.version is None and not proxy.services:
+        yield passed("HAProxy", f"not installed; strategy rolling needs it: {install}")
+    elif proxy.version is None:
+        yield failed("HAProxy", f"not installed, {needed}", install)
+    elif proxy.services and not proxy.runs:
+        mend = f"on the host: haproxy -c -f {shlex.quote(config)}; the receiver logs why it cannot start it"
+        yield failed("HAProxy", f"does not run or does not answer, {needed}", mend)
+    elif proxy.left_out:
+        told = f"runs without {', '.join(proxy.left_out)}, whose certificate it refuses"
+        yield failed(
+            "HAProxy", told, "on the host: mend https_certificate_file; the receiver logs what is wrong"
+        )
+    else:
+        told = f"runs, {needed}" if proxy.services else "not needed yet"
+        yield passed("HAProxy", f"{proxy.version}, {told}")
+
+
 # -- what is unfinished --------------------------------------------------------------------------
 
 
@@ -271,5 +296,5 @@ def register_command(found: HostFindings, address: str = "") -> str:
 
 _JUDGES: tuple[Callable[[HostFindings], Iterator[Check]], ...] = (
     *(_reachability, _tls, _clock, _allow_list, _key),
-    *(_engine, _disks, _ports, _ledger, _workflows, _place),
+    *(_engine, _disks, _ports, _proxy, _ledger, _workflows, _place),
 )

@@ -114,7 +114,7 @@ class _Heard:
             before = datetime.now(UTC)
             self.health = await receiver.health()
             self.clock_offset_seconds = _offset(self.health.time, before, datetime.now(UTC))
-            self.report = await receiver.report(ports)
+            self.report = await receiver.report(ports, proxy=True)
         except ReceiverRefused as exc:
             self.refused = _refused(exc)
         except ReceiverError as exc:

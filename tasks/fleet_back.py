@@ -68,7 +68,7 @@ async def plan(board: Board, records: Records) -> list[Wanted]:
 
 
 async def _wanted(place: Place, record: WorkflowRecord, of_fleet: Collection[str]) -> Wanted | None:
-    host = await find_remote_host(place.unit.host)
+    host = await find_remote_host(place.unit.host, record.remote_port)
     try:
         (container,) = await read_versions(host, record.container_name)
         to = target(container.versions, record.deployment_id, of_fleet)
@@ -80,6 +80,7 @@ async def _wanted(place: Place, record: WorkflowRecord, of_fleet: Collection[str
         return None
     return place, {
         "remote_host": place.unit.host,
+        "remote_port": record.remote_port,
         "container_name": record.container_name,
         "to_version": to.deployment_id,
     }

@@ -22,7 +22,7 @@ from tasks import fleet_plan, fleet_services, precheck
 from tasks.active import DEFAULT_SLOTS, SLOTS
 from tasks.errors import ParametersRefused
 from tasks.fleet_board import SERVING, Board, Cell, Place, is_deployed, newest
-from tasks.fleet_plan import FleetParameters, OnUnreachable
+from tasks.fleet_plan import FleetParameters, OnUnreachable, Unit
 from tasks.records import Records
 
 _ASKED_AT_ONCE = 32
@@ -65,7 +65,7 @@ async def prepared(asked: FleetParameters, resume: str | None) -> AsyncIterator[
     )
     hosts = fleet_plan.hosts_of(units)
     fleet_plan.choose_canary(asked.canary, hosts)  # what is wrong in it is told before hosts are asked
-    missing = await _missing(hosts)
+    missing = await missing_hosts(units)
     check_reachable(missing, asked.on_unreachable)
     canary = fleet_plan.choose_canary(asked.canary, hosts, set(missing))
     async with await Records.open(await find_records_url()) as records:
@@ -138,20 +138,21 @@ def check_reachable(missing: Mapping[str, str], chosen: OnUnreachable) -> None:
         )
 
 
-async def _missing(hosts: Sequence[str]) -> dict[str, str]:
-    """Hosts that cannot be deployed to, and why; all are asked at once."""
+async def missing_hosts(units: Sequence[Unit]) -> dict[str, str]:
+    """Hosts that cannot be deployed to, and why; all are asked at once, each at the ports of its services."""
+    receivers = list(dict.fromkeys((unit.host, unit.parameters.remote_port) for unit in units))
     at_once = asyncio.Semaphore(_ASKED_AT_ONCE)
 
-    async def ask(name: str) -> str | None:
+    async def ask(name: str, port: int) -> str | None:
         async with at_once:
             try:
-                await precheck.look(await find_remote_host(name), f"fleet-{this_run()}")
+                await precheck.look(await find_remote_host(name, port), f"fleet-{this_run()}")
             except ReceiverError as exc:
                 return str(exc)
             return None
 
-    answers = await asyncio.gather(*(ask(host) for host in hosts))
-    found = {host: why for host, why in zip(hosts, answers, strict=True) if why}
+    answers = await asyncio.gather(*(ask(*receiver) for receiver in receivers))
+    found = {host: why for (host, _), why in zip(receivers, answers, strict=True) if why}
     for host, why in found.items():
         get_run_logger().warning("%s cannot be deployed to: %s", host, why)
     return found

@@ -12,9 +12,18 @@ import pytest
 
 from blocks.receiver_client import ReceiverClient, ReceiverConfig, ReceiverRefused
 from receiver import contract
-from receiver.contract import DeployRequest, HostReport, HostState
+from receiver.contract import (
+    DeploymentConfig,
+    DeployRequest,
+    HostReport,
+    HostState,
+    PortMapping,
+    Strategy,
+)
 from receiver.engine import PublishedPort
 from receiver.ledger import Ledger
+from receiver.proxy import Proxy
+from receiver.routes import Routes, Target, route_for
 from tests.contract.caller import KEY, Caller, FakeEngine, slug
 
 
@@ -106,6 +115,28 @@ async def announced_and_moved(ledger: Ledger, *way: HostState) -> str:
     return entry.deployment_id
 
 
+@pytest.mark.parametrize("haproxy", ["haproxy", "no-such-proxy"])
+async def test_the_proxy_is_told_to_those_who_ask(caller: Caller, haproxy: str) -> None:
+    """A sender that knows no such field refuses it."""
+    service = caller.app.state.service
+    settings = replace(service.settings, haproxy=haproxy)
+    caller.app.state.service = replace(service, settings=settings)
+    is_there = Proxy(settings).is_there
+    silent = await caller.call("GET", contract.HOST_PATH)
+    assert "proxy" not in silent.json()
+    nothing = (await report(caller, "?proxy=true")).proxy
+    assert nothing
+    assert (nothing.version is not None, nothing.runs, nothing.services) == (is_there, False, [])
+    config = DeploymentConfig(
+        strategy=Strategy.ROLLING, port_mappings=[PortMapping(host_port=1, container_port=1)]
+    )
+    routes = Routes(routes=(route_for("web", config, Target(container_id="one", ports={1: 20001})),))
+    (settings.proxy_dir / "routes.json").write_text(routes.model_dump_json())
+    dead = (await report(caller, "?proxy=true")).proxy
+    assert dead
+    assert (dead.runs, dead.services, dead.left_out) == (False, ["web"], [])
+
+
 async def test_without_its_engine_a_host_tells_the_rest(caller: Caller, engine: FakeEngine) -> None:
     """200: what is wrong is what was asked for."""
     engine.down = True
@@ -131,6 +162,8 @@ async def test_our_client_reads_the_report(caller: Caller) -> None:
         told = await client.report(["18997/tcp"])
         assert [(port.port, port.free) for port in told.ports] == [(18997, True)]
         assert (await client.report()).ports == []
+        assert (await client.report(["18997/tcp"], proxy=True)).proxy
+        assert (await client.report(proxy=True)).proxy
     elsewhere = httpx.ASGITransport(app=caller.app, client=("10.9.9.9", 50_000))
     async with ReceiverClient(config, transport=elsewhere) as client:
         with pytest.raises(ReceiverRefused) as refused:

@@ -27,6 +27,7 @@ from receiver.contract import ErrorCode, HealthCheckConfig, HostState
 from receiver.guardian import Guardian
 from receiver.operations import Operations
 from receiver.proxy import Proxy
+from receiver.proxy_keeper import ProxyKeeper
 from tests.integration.host_rig import Rig, open_host, take, take_up_to
 from tests.integration.host_victim import ROLLING_POINTS, victims
 from tests.load import ask, load
@@ -211,7 +212,7 @@ def kept_proxy(rig: Rig) -> Iterator[None]:
 
     def keep() -> None:
         while not is_over.wait(0.05):
-            Proxy(rig.host.settings).keep_running()
+            ProxyKeeper(rig.host.settings).keep_running()
 
     keeper = threading.Thread(target=keep, daemon=True)
     keeper.start()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +23,7 @@ from receiver import proxy as module
 from receiver import settings
 from receiver.contract import DeploymentConfig, PortMapping, Strategy
 from receiver.proxy import Proxy, ProxyFailed, ProxyMissing
+from receiver.proxy_keeper import ProxyKeeper
 from receiver.routes import Route, Target, route_for
 from tests import load
 from tests.services import free_port, require_service
@@ -61,33 +64,53 @@ def version(name: str) -> Iterator[Target]:
 
 
 @pytest.fixture
-def proxy(tmp_path: Path) -> Iterator[Proxy]:
-    """A proxy with a keeper, as the daemon has one."""
+def proxy(tmp_path: Path) -> Iterator[ProxyKeeper]:
+    """A proxy that is kept, as the daemon does it."""
     found = settings.from_environment({"HOOK_RECEIVER_STATE_DIR": str(tmp_path)}, require_key=False)
     found.make_folders()
-    proxy, is_over = Proxy(found), threading.Event()
+    proxy = ProxyKeeper(found)
     require_service(proxy.is_there, "no HAProxy here", "apt-get install haproxy")
+    try:
+        with kept(proxy):
+            yield proxy
+    finally:
+        end(proxy)
+
+
+@contextmanager
+def kept(proxy: ProxyKeeper) -> Iterator[None]:
+    """HAProxy is started when it is needed."""
+    is_over = threading.Event()
 
     def keep() -> None:
         while not is_over.wait(0.05):
-            proxy.keep_running()
+            with suppress(ProxyFailed):
+                proxy.keep_running()
 
     keeper = threading.Thread(target=keep, daemon=True)
     keeper.start()
     try:
-        yield proxy
+        yield
     finally:
         is_over.set()
         keeper.join()
-        end(proxy)
 
 
-def end(proxy: Proxy) -> None:
-    """End HAProxy, if it runs."""
-    pid_file = proxy.folder / "haproxy.pid"
-    if pid_file.exists():
-        os.kill(int(pid_file.read_text()), signal.SIGTERM)
-        pid_file.unlink()
+def end(proxy: Proxy, how: signal.Signals = signal.SIGTERM) -> None:
+    """End HAProxy, if it runs; it may miss a signal while it reads its configuration again."""
+    left = processes(proxy)
+    (proxy.folder / "haproxy.pid").unlink(missing_ok=True)
+    while left:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, how)
+        time.sleep(0.1)
+        left &= processes(proxy)
+
+
+def processes(proxy: Proxy) -> set[int]:
+    """Masters and workers of HAProxy."""
+    return {int(found.name) for found in Path("/proc").glob("[0-9]*") if proxy._is_ours(int(found.name))}
 
 
 def routed(port: int, target: Target, service: str = "web", **config: object) -> Route:
@@ -102,14 +125,6 @@ def routed(port: int, target: Target, service: str = "web", **config: object) ->
 def ask(port: int, path: str = "/", host: str | None = None) -> str:
     """One request on a connection of its own."""
     return load.ask("127.0.0.1", port, path, {"Host": host} if host else {})
-
-
-def answers(port: int) -> bool:
-    """Whether v2 does, here."""
-    try:
-        return ask(port) == "v2"
-    except (OSError, HTTPException):
-        return False
 
 
 def test_moving_a_route_back_and_forth_loses_no_request(proxy: Proxy) -> None:
@@ -200,10 +215,30 @@ def test_routes_outlive_haproxy(proxy: Proxy) -> None:
         proxy.set_route(routed(port, one).leading_to(two))
         before = (proxy.folder / "haproxy.pid").read_text()
         os.kill(int(before), signal.SIGKILL)
-        deadline = time.monotonic() + 10
-        while (proxy.folder / "haproxy.pid").read_text() in {"", before} or not answers(port):
-            assert time.monotonic() < deadline, "HAProxy was not started again"
-            time.sleep(0.02)
+        wait_for(lambda: (proxy.folder / "haproxy.pid").read_text() not in {"", before} and ask(port) == "v2")
+
+
+def test_haproxy_says_its_version_and_whether_it_answers(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is held does not answer."""
+    assert re.fullmatch(r"[23]\.\d+\..*", proxy.version() or "")
+    with version("v1") as one:
+        proxy.set_route(routed(free_port(), one))
+        assert proxy.answers()
+    monkeypatch.setattr(module, "_ANSWER_SECONDS", 0.1)
+    (proxy.folder / "run.sock").unlink()
+    assert not proxy.answers()
+
+
+def test_haproxy_that_reads_its_configuration_is_not_started_beside_itself(proxy: Proxy) -> None:
+    """It writes its pid file anew then, and is without one for a moment."""
+    with version("v1") as one:
+        proxy.set_route(routed(free_port(), one))
+        before = processes(proxy)
+        (proxy.folder / "haproxy.pid").unlink()
+        time.sleep(0.3)
+        assert processes(proxy) <= before
 
 
 def test_a_service_gives_its_ports_back(proxy: Proxy) -> None:
@@ -244,22 +279,199 @@ def test_services_share_a_port_by_their_hostnames(proxy: Proxy) -> None:
             proxy.check(routed(port, one, "web", hostname="blog.example.com"))
 
 
+def certificate(path: Path, name: str) -> ssl.SSLContext:
+    """Write a certificate of a name with its key, as certbot would; returns a client that trusts it alone."""
+    words = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1")
+    subject = ("-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}")
+    key, fresh = path.with_suffix(".key.new"), path.with_suffix(".new")
+    out = ("-keyout", str(key), "-out", str(fresh))
+    subprocess.run([*words, *subject, *out], check=True, capture_output=True)
+    trusting = ssl.create_default_context(cafile=str(fresh))
+    fresh.write_text(fresh.read_text() + key.read_text())
+    fresh.replace(path)
+    key.unlink()
+    return trusting
+
+
+def broken(path: Path) -> None:
+    """Put something at a certificate's place that is none, at once."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text("half a certificate")
+    fresh.replace(path)
+
+
+def ask_securely(port: int, client: ssl.SSLContext, name: str = "shop.example.com") -> str:
+    """One request by HTTPS; raises `OSError` where the certificate is not trusted."""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
+        client.wrap_socket(plain, server_hostname=name) as line,
+    ):
+        line.sendall(f"GET / HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
+        return b"".join(iter(lambda: line.recv(4096), b"")).decode().rpartition("\n")[2]
+
+
+def wait_for(fact: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait until something is so; whoever cannot be asked says no."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(OSError, HTTPException):
+            if fact():
+                return
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.02)
+
+
 def test_https_is_spoken_where_a_certificate_is_given(proxy: Proxy, tmp_path: Path) -> None:
-    """With that certificate, which the client checks; the service is told."""
-    port, pem, key = free_port(), tmp_path / "shop.pem", tmp_path / "key.pem"
-    subject = ("-subj", "/CN=shop.example.com", "-addext", "subjectAltName=DNS:shop.example.com")
-    words = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject)
-    subprocess.run([*words, "-keyout", str(key), "-out", str(pem)], check=True, capture_output=True)
-    trusted = ssl.create_default_context(cafile=str(pem))
-    pem.write_text(pem.read_text() + key.read_text())
+    """With that certificate, which the client checks."""
+    port, pem = free_port(), tmp_path / "shop.pem"
+    client = certificate(pem, "shop.example.com")
     with version("v1") as one:
         proxy.set_route(routed(port, one, https_certificate_file=str(pem)))
-        with (
-            socket.create_connection(("127.0.0.1", port), timeout=5) as plain,
-            trusted.wrap_socket(plain, server_hostname="shop.example.com") as line,
-        ):
-            line.sendall(b"GET / HTTP/1.1\r\nHost: shop.example.com\r\nConnection: close\r\n\r\n")
-            assert b"".join(iter(lambda: line.recv(4096), b"")).endswith(b"v1")
+        assert ask_securely(port, client) == "v1"
+
+
+def test_a_renewed_certificate_is_taken_up_by_itself(proxy: Proxy, tmp_path: Path) -> None:
+    """Within a second or so of its file's change; requests go on meanwhile."""
+    port, plain, pem = free_port(), free_port(), tmp_path / "shop.pem"
+    old = certificate(pem, "shop.example.com")
+    with version("v1") as one:
+        proxy.set_route(routed(port, one, https_certificate_file=str(pem)))
+        proxy.set_route(routed(plain, one, "blog"))
+        with load.load("127.0.0.1", plain) as outcome:
+            new = certificate(pem, "shop.example.com")
+            wait_for(lambda: ask_securely(port, new) == "v1", seconds=3)
+            with pytest.raises(ssl.SSLCertVerificationError):
+                ask_securely(port, old)
+        assert set(outcome.answers) == {"v1"}
+
+
+def test_a_broken_certificate_leaves_haproxy_as_it_is(
+    proxy: ProxyKeeper, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is tried and told once, with service and file; other services are moved meanwhile."""
+    port, plain, pem = free_port(), free_port(), tmp_path / "shop.pem"
+    old = certificate(pem, "shop.example.com")
+    with version("v1") as one, version("v2") as two:
+        proxy.set_route(routed(port, one, "shop", https_certificate_file=str(pem)))
+        proxy.set_route(routed(plain, one, "blog"))
+        broken(pem)
+        wait_for(lambda: "service shop" in caplog.text)
+        time.sleep(0.5)
+        proxy.set_route(routed(plain, one, "blog").leading_to(two))
+        assert (ask_securely(port, old), ask(plain)) == ("v1", "v2")
+        time.sleep(0.5)
+        told = [message for message in caplog.messages if f"service shop, certificate {pem}" in message]
+        assert len(told) == 1
+        new = certificate(pem, "shop.example.com")
+        wait_for(lambda: ask_securely(port, new) == "v1", seconds=3)
+
+
+def test_a_broken_certificate_takes_down_its_own_service_alone(
+    proxy: ProxyKeeper, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """HAProxy is started without it, takes other services, and takes it up when the file is mended."""
+    port, plain, pem = free_port(), free_port(), tmp_path / "shop.pem"
+    certificate(pem, "shop.example.com")
+    with version("v1") as one, version("v2") as two:
+        proxy.set_route(routed(port, one, "shop", https_certificate_file=str(pem)))
+        proxy.set_route(routed(plain, two, "blog"))
+        with proxy.alone():  # as a move would, so that it is not read before HAProxy ends
+            pem.unlink()
+            end(proxy)
+        wait_for(lambda: f"service shop, certificate {pem}" in caplog.text)
+        wait_for(lambda: (proxy.folder / "haproxy.pid").exists() and ask(plain) == "v2")
+        assert (proxy.answers(), proxy.left_out()) == (True, ["shop"])
+        broken(pem)
+        other = routed(free_port(), two, "news")
+        proxy.check(other)
+        proxy.set_route(other)
+        wait_for(lambda: caplog.text.count("service shop") == 2)
+        shop = routed(port, two, "shop", https_certificate_file=str(pem))
+        for refused in (proxy.check, proxy.set_route):
+            with pytest.raises(ProxyFailed, match=str(pem)):
+                refused(shop)
+        wait_for(lambda: proxy.left_out() == ["shop"])
+        proxy.set_route(routed(plain, one, "blog"))
+        new = certificate(pem, "shop.example.com")
+        wait_for(lambda: ask_securely(port, new) == "v1", seconds=3)
+        assert proxy.left_out() == []
+
+
+def test_moving_a_service_that_is_left_out_is_refused_and_harms_no_other(
+    proxy: ProxyKeeper, tmp_path: Path
+) -> None:
+    """Also when it ran with its certificate before, and HAProxy was started anew since."""
+    port, plain, pem = free_port(), free_port(), tmp_path / "shop.pem"
+    certificate(pem, "shop.example.com")
+    with version("v1") as one, version("v2") as two:
+        shop = routed(port, one, "shop", https_certificate_file=str(pem))
+        proxy.set_route(shop)
+        proxy.set_route(routed(plain, one, "blog"))
+        broken(pem)
+        wait_for((proxy.folder / "refused.json").exists)
+        end(proxy)
+        wait_for(lambda: proxy.left_out() == ["shop"] and proxy.answers())
+        with pytest.raises(ProxyFailed, match=str(pem)):
+            proxy.set_route(shop)
+        wait_for(lambda: proxy.left_out() == ["shop"])
+        proxy.set_route(routed(plain, one, "blog").leading_to(two))
+        assert ask(plain) == "v2"
+
+
+def test_a_certificate_that_broke_again_does_not_take_down_what_runs(
+    proxy: ProxyKeeper, tmp_path: Path
+) -> None:
+    """Not even when it is the very file that HAProxy was started without before."""
+    port, pem, half = free_port(), tmp_path / "shop.pem", tmp_path / "half.pem"
+    certificate(pem, "shop.example.com")
+    broken(half)
+    with version("v1") as one:
+        proxy.set_route(routed(port, one, https_certificate_file=str(pem)))
+        with proxy.alone():
+            shutil.copy2(half, pem)
+            end(proxy)
+        wait_for(lambda: proxy.left_out() == ["web"] and proxy.answers())
+        new = certificate(pem, "shop.example.com")
+        wait_for(lambda: ask_securely(port, new) == "v1")
+        shutil.copy2(half, pem)
+        time.sleep(0.7)
+        assert ask_securely(port, new) == "v1"
+
+
+def test_a_configuration_that_was_not_written_is_made_up_for(proxy: ProxyKeeper) -> None:
+    """A process that died between routes and configuration leaves the routes, which HAProxy follows."""
+    port, other = free_port(), free_port()
+    with version("v1") as one, version("v2") as two:
+        proxy.set_route(routed(port, one))
+        with proxy.alone():
+            both = proxy.routes().having(routed(other, two, "blog"))
+            (proxy.folder / "routes.json").write_text(both.model_dump_json())
+        wait_for(lambda: ask(other) == "v2")
+        assert ask(port) == "v1"
+
+
+def test_a_configuration_that_was_not_written_is_made_up_for_at_a_start(proxy: ProxyKeeper) -> None:
+    """HAProxy leads where the routes say."""
+    port = free_port()
+    with version("v1") as one, version("v2") as two:
+        proxy.set_route(routed(port, one))
+        with proxy.alone():
+            moved = proxy.routes().having(routed(port, one).leading_to(two))
+            (proxy.folder / "routes.json").write_text(moved.model_dump_json())
+            (proxy.folder / "haproxy.cfg").unlink()
+            end(proxy, signal.SIGKILL)
+        wait_for(lambda: ask(port) == "v2")
+
+
+def test_damaged_routes_do_not_keep_haproxy_from_starting(proxy: ProxyKeeper) -> None:
+    """It has its configuration, and leads where it did."""
+    port = free_port()
+    with version("v1") as one:
+        proxy.set_route(routed(port, one))
+        with proxy.alone():
+            (proxy.folder / "routes.json").write_text("{")
+            end(proxy)
+        wait_for(lambda: (proxy.folder / "haproxy.pid").exists() and ask(port) == "v1")
 
 
 def test_a_certificate_that_cannot_be_read_is_told_before_anything_changes(proxy: Proxy) -> None:

@@ -13,6 +13,7 @@ from receiver.contract import (
     HostEngine,
     HostHealth,
     HostPort,
+    HostProxy,
     HostReport,
     HostState,
     OpenDeployment,
@@ -55,7 +56,8 @@ REPORT = HostReport(
     disks=[DISK],
     ports=[],
     open_deployments=[],
-    settings={},
+    settings={"HOOK_RECEIVER_STATE_DIR": "/var/lib/gantry"},
+    proxy=HostProxy(version="2.6.12", runs=True, services=["web"], left_out=[]),
 )
 PLACE = PlaceInPrefect("host-b", Pool("host-b", is_paused=False, workers_online=1), ())
 HOST = HostFindings(
@@ -277,6 +279,34 @@ def test_a_port_is_free_or_could_not_be_seen() -> None:
     assert host("port 8080/tcp", report=reported(ports=[port])).verdict is Verdict.PASS
     unseen = host("port 8080/tcp", wanted_ports=("8080/tcp",), report=None)
     assert (unseen.verdict, "not seen" in unseen.found) == (Verdict.WARN, True)
+
+
+@pytest.mark.parametrize(
+    ("news", "verdict", "found", "mend"),
+    [
+        ({}, "pass", "2.6.12, runs, needed by web", ""),
+        ({"services": [], "runs": False}, "pass", "not needed yet", ""),
+        ({"version": None, "services": [], "runs": False}, "pass", "apt-get install haproxy", ""),
+        ({"version": None, "runs": False}, "fail", "needed by web", "apt-get install haproxy"),
+        ({"runs": False}, "fail", "does not run", "haproxy -c -f /var/lib/gantry/proxy/haproxy.cfg"),
+        ({"left_out": ["shop"]}, "fail", "runs without shop", "https_certificate_file"),
+    ],
+)
+def test_haproxy_is_needed_where_services_roll(
+    news: dict[str, Any], verdict: str, found: str, mend: str
+) -> None:
+    """Elsewhere it is a hint alone."""
+    assert REPORT.proxy
+    check = host("HAProxy", report=reported(proxy=REPORT.proxy.model_copy(update=news)))
+    assert check.verdict == verdict
+    assert found in check.found
+    assert mend in check.mend
+
+
+def test_of_an_older_receiver_no_proxy_is_judged() -> None:
+    """It does not tell."""
+    diagnosis = judge_host(replace(HOST, report=reported(proxy=None)))
+    assert "HAProxy" not in {check.name for check in diagnosis.checks}
 
 
 @pytest.mark.parametrize(
