@@ -328,6 +328,17 @@ class Engine:
         addresses = (network.get("IPAddress") for network in networks.values())
         return next((str(address) for address in addresses if address), None)
 
+    def bridge(self, container_id: str) -> str | None:
+        """The interface of this machine that leads to a container; None where it has no such one."""
+        mode = self._client.containers.get(container_id).attrs["HostConfig"]["NetworkMode"]
+        try:
+            network = self._client.networks.get("bridge" if mode == "default" else mode).attrs
+        except NotFound:  # host, none, or another container's
+            return None
+        if network["Driver"] != "bridge" or not self.is_local:
+            return None
+        return str(network["Options"].get("com.docker.network.bridge.name") or f"br-{network['Id'][:12]}")
+
     def containers_of(self, container_name: str) -> list[Container]:
         """Containers that we made for this name, running or not, newest first."""
         return self._labelled(contract.LABEL_CONTAINER, container_name)

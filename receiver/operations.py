@@ -22,7 +22,7 @@ import requests.exceptions
 from docker.errors import APIError, NotFound
 from docker.models.containers import Container
 
-from receiver import consul, contract, disk, health
+from receiver import consul, contract, disk, health, neighbours
 from receiver.contract import (
     DeploymentStatus,
     ErrorCode,
@@ -244,6 +244,7 @@ class Operations:
         self._check_ports(entry, current)
         self._entry_in(HostState.READY)
         container_id = self._create(entry, image, environment)
+        neighbours.look_often(self.engine.bridge(container_id))
         announced = entry.request.image
         self.ledger.move(
             self.deployment_id,

@@ -22,7 +22,7 @@ from typing import Any, cast
 from docker import DockerClient
 
 from deployments.lab import Host as Node
-from receiver import operations
+from receiver import neighbours, operations
 from receiver.contract import ErrorCode, HealthCheckConfig, HostState
 from receiver.guardian import Guardian
 from receiver.operations import Operations
@@ -72,6 +72,7 @@ async def updates(rig: Rig) -> None:
     """From `recreate` to `rolling`, on and back under load, and to `recreate` again."""
     name, port = "roll-updates", 18951
     await deploy(rig, name, "v0", port, strategy="recreate")
+    assert _arp_ms("docker0") == neighbours.LOOK_MS
     first = await deploy(rig, name, "v1", port)
     assert (first.entry.facts.service_interruption_ms or 0) > 0, "the old one held the port itself"
     with load("127.0.0.1", port, SLOW) as outcome:
@@ -96,6 +97,10 @@ async def updates(rig: Rig) -> None:
     await take_up_to(back, "switch_traffic")
     await rig.host.restore(back.deployment_id)
     assert ask("127.0.0.1", port) == "v5"
+
+
+def _arp_ms(interface: str) -> int:
+    return int(Path(f"/proc/sys/net/ipv4/neigh/{interface}/retrans_time_ms").read_text())
 
 
 async def undone_recreate(rig: Rig) -> None:

@@ -160,6 +160,22 @@ async def test_the_health_endpoint_is_asked_where_the_host_reaches_it(rig: Rig, 
     assert status.facts.health_endpoint_accessible is True
 
 
+def test_the_bridge_of_a_container_is_known(rig: Rig, name: str) -> None:
+    """By its network; one without a bridge of this machine has none."""
+    network = rig.docker.networks.create(name, driver="bridge")
+    modes = {"bridge": "docker0", "host": None, "none": None, name: f"br-{str(network.id)[:12]}"}
+    try:
+        for mode, expected in modes.items():
+            made = rig.docker.containers.create(BASE_IMAGE, SERVE, network_mode=mode)
+            assert rig.host.engine.bridge(str(made.id)) == expected
+            beside = rig.docker.containers.create(BASE_IMAGE, SERVE, network_mode=f"container:{made.id}")
+            assert rig.host.engine.bridge(str(beside.id)) is None
+            beside.remove()
+            made.remove()
+    finally:
+        network.remove()
+
+
 # -- packages --------------------------------------------------------------------------------------
 
 
