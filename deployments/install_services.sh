@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs what the lab, the demo and the tests need on Debian or Ubuntu: Docker Engine, network tools,
 # PostgreSQL, Java and Maven (for Kafka), Prometheus, Chromium, an SSH server, rsync and HAProxy. Says what it will do
-# before it does it, and does nothing that is not needed; run it again at will.
+# before it does it, and does nothing that is not needed; run it again at will. The tests also get a newer Docker
+# Engine, unpacked into a cache folder beside the installed one: see lab_newer_engine.sh.
 #
 #   deployments/install_services.sh [--for demo|test|bench] [--start-docker | --stop-docker]
 #
@@ -80,6 +81,11 @@ install_packages() {
     fi
 }
 
+# Not in the way of the rest: the tests that need it say that it is missing.
+fetch_newer_engine() {
+    [ "$purpose" != test ] || sh "$(dirname "$0")/lab_newer_engine.sh" || true
+}
+
 wait_for_engine() {
     waited=0
     until engine_answers; do
@@ -150,7 +156,10 @@ while [ $# -gt 0 ]; do
 done
 
 case "$action" in
-install) install_packages ;;
+install)
+    install_packages
+    fetch_newer_engine
+    ;;
 start)
     install_packages
     start_docker
