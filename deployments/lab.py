@@ -23,13 +23,17 @@ from shutil import which
 from typing import Self
 
 from deployments import lab_engine, lab_network
+from deployments.lab_engine import EngineChoice
 from deployments.lab_network import Link
 from deployments.lab_nodes import Node, Site
 from deployments.lab_processes import LabNotReady, Service
 from deployments.lab_sides import Control, Host
 from deployments.lab_teardown import DONE, reap, tear_down
 
-__all__ = ["Control", "Host", "Lab", "LabImpossible", "LabNotReady", "Node", "Service", "missing_requirement"]
+__all__ = [
+    *("Control", "EngineChoice", "Host", "Lab", "LabImpossible", "LabNotReady", "Node", "Service"),
+    "missing_requirement",
+]
 
 _PROGRAMS = ("dockerd", "containerd", "nsenter", "ip", "iptables")
 _SYSTEM_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -60,7 +64,8 @@ class Lab:
     `control_namespace=False` makes this machine itself the control side, with the engine at DOCKER_HOST.
     `state_dir` must not exist yet and must be short (Unix sockets lie below it); `down` removes it.
     `reaped=False` lets the lab outlive its owner: `python -m deployments.lab down <state_dir>` ends it.
-    `environment` is added to that of every program; `disk_bytes` gives each node a disk of that size.
+    `environment` is added to that of every program; `disk_bytes` gives each node a disk of that size;
+    `engines` names the nodes ("control" is one) that run another engine than the machine's.
     """
 
     control: Control
@@ -79,6 +84,7 @@ class Lab:
         live_restore: bool = False,
         environment: Mapping[str, str] | None = None,
         disk_bytes: int | None = None,
+        engines: Mapping[str, EngineChoice] | None = None,
     ) -> None:
         self.lab_id = secrets.token_hex(3)
         folder = state_dir or Path(tempfile.gettempdir()) / f"gantry-{self.lab_id}"
@@ -95,6 +101,7 @@ class Lab:
         self._live_restore = live_restore
         self._environment = dict(environment or {})
         self._disk_bytes = disk_bytes
+        self._engines = dict(engines or {})
         self._reaper: subprocess.Popen[bytes] | None = None
         self._guard = subprocess.DEVNULL
 
@@ -209,6 +216,7 @@ class Lab:
             live_restore=self._live_restore,
             environment=self._environment,
             disk_bytes=self._disk_bytes,
+            engines=self._engines,
         )
 
     def _build_network(self) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from deployments.lab_processes import Service, wait_until
@@ -27,6 +30,33 @@ _UNUSED_PLUGINS = [
 ]
 
 
+@dataclass(frozen=True)
+class EngineChoice:
+    """Which Docker Engine a node runs, and where it keeps its images.
+
+    `root` holds the programs of a distribution's packages, unpacked; None stands for those of the machine.
+    """
+
+    root: Path | None = None
+    containerd_store: bool = False
+
+    def environment(self, node: Mapping[str, str]) -> dict[str, str]:
+        """What of the node's environment is another: containerd finds its shim, and the shim runc, on PATH."""
+        if self.root is None:
+            return {}
+        own = (self.root / folder for folder in ("usr/sbin", "usr/bin"))
+        return {"PATH": ":".join([*map(str, own), node["PATH"]])}
+
+
+MACHINE_ENGINE = EngineChoice()
+
+
+def newer_engine() -> Path:
+    """Where deployments/lab_newer_engine.sh unpacks an engine; it may not be there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "gantry" / "docker-trixie"
+
+
 def containerd_command(folder: Path, disk: Path) -> list[str]:
     """Write containerd's configuration below `folder` and return its command; `disk` takes its data."""
     config = folder / "containerd.toml"
@@ -43,11 +73,18 @@ def containerd_command(folder: Path, disk: Path) -> list[str]:
 
 
 def dockerd_command(
-    folder: Path, disk: Path, docker_socket: Path, cgroup: str, *, live_restore: bool
+    folder: Path,
+    disk: Path,
+    docker_socket: Path,
+    cgroup: str,
+    *,
+    live_restore: bool,
+    containerd_store: bool = False,
 ) -> list[str]:
     """Write dockerd's configuration below `folder` and return its command; `disk` takes its data."""
     config = folder / "daemon.json"
-    config.write_text(json.dumps({"live-restore": live_restore}))
+    features = {"features": {"containerd-snapshotter": True}} if containerd_store else {}
+    config.write_text(json.dumps({"live-restore": live_restore, **features}))
     command = ["dockerd", "--config-file", str(config), "--host", f"unix://{docker_socket}"]
     command += ["--containerd", str(containerd_socket(folder))]
     command += ["--data-root", str(disk / "data"), "--exec-root", str(folder / "exec")]

@@ -15,6 +15,7 @@ from subprocess import CompletedProcess
 from typing import TYPE_CHECKING
 
 from deployments import lab_cgroups, lab_disks, lab_engine, lab_http, lab_prefect
+from deployments.lab_engine import MACHINE_ENGINE, EngineChoice
 from deployments.lab_http import Response
 from deployments.lab_processes import Launcher, Service, wait_until
 from deployments.lab_teardown import ENGINE, WORK, Journal
@@ -46,6 +47,7 @@ class Site:
     live_restore: bool
     environment: Mapping[str, str] = field(default_factory=dict)
     disk_bytes: int | None = None
+    engines: Mapping[str, EngineChoice] = field(default_factory=dict)
 
     @property
     def journal(self) -> Journal:
@@ -154,11 +156,19 @@ class Node:
 
     def _engine_services(self) -> tuple[Service, Service]:
         if "dockerd" not in self.services:
+            choice = self.site.engines.get(self.name, MACHINE_ENGINE)
+            environment = choice.environment(self.environment)
             command = lab_engine.dockerd_command(
-                self.folder, self.disk, self.docker_socket, self.cgroup, live_restore=self.site.live_restore
+                self.folder,
+                self.disk,
+                self.docker_socket,
+                self.cgroup,
+                live_restore=self.site.live_restore,
+                containerd_store=choice.containerd_store,
             )
-            self._service("containerd", lab_engine.containerd_command(self.folder, self.disk), ENGINE)
-            self._service("dockerd", command, ENGINE)
+            containerd = lab_engine.containerd_command(self.folder, self.disk)
+            self._service("containerd", containerd, ENGINE, environment)
+            self._service("dockerd", command, ENGINE, environment)
         return self.services["containerd"], self.services["dockerd"]
 
     def _start_worker(self, pool: str) -> None:
