@@ -31,7 +31,14 @@ from deployments.lab_sides import Control, Host
 from deployments.lab_teardown import DONE, reap, tear_down
 
 __all__ = [
-    *("Control", "EngineChoice", "Host", "Lab", "LabImpossible", "LabNotReady", "Node", "Service"),
+    "Control",
+    "EngineChoice",
+    "Host",
+    "Lab",
+    "LabImpossible",
+    "LabNotReady",
+    "Node",
+    "Service",
     "missing_requirement",
 ]
 

@@ -41,7 +41,7 @@ class EngineChoice:
     containerd_store: bool = False
 
     def environment(self, node: Mapping[str, str]) -> dict[str, str]:
-        """What of the node's environment is another: containerd finds its shim, and the shim runc, on PATH."""
+        """What it changes in the node's: containerd finds its shim, and the shim runc, on PATH."""
         if self.root is None:
             return {}
         own = (self.root / folder for folder in ("usr/sbin", "usr/bin"))

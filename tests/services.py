@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments.lab_engine import EngineChoice, newer_engine
+
 
 def require_service(found: bool, reason: str, install: str) -> None:
     """Go on when `found`; else skip with reason and install command, or fail with REQUIRE_SERVICES=1."""
@@ -18,6 +20,17 @@ def require_service(found: bool, reason: str, install: str) -> None:
     if os.environ.get("REQUIRE_SERVICES") == "1":
         pytest.fail(message, pytrace=False)
     pytest.skip(message)
+
+
+def containerd_store() -> EngineChoice:
+    """The newer Docker Engine with the containerd image store; skips or fails as `require_service`."""
+    root = newer_engine()
+    require_service(
+        (root / "usr/sbin/dockerd").exists(),
+        f"no newer Docker Engine in {root}",
+        "deployments/lab_newer_engine.sh",
+    )
+    return EngineChoice(root, containerd_store=True)
 
 
 def postgresql_programs() -> Path | None:

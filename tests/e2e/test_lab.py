@@ -23,7 +23,8 @@ from deployments import lab_clocks
 from deployments.lab import Host, Lab, LabImpossible, LabNotReady
 from deployments.lab_http import NAMESPACES
 from deployments.lab_teardown import end_process, start_time, tear_down
-from tests.services import require_service
+from receiver.engine_store import has_containerd_store
+from tests.services import containerd_store, require_service
 
 pytestmark = pytest.mark.usefixtures("lab_possible")
 
@@ -67,6 +68,14 @@ def traces(lab_id: str) -> list[str]:
     found += [folder for folder, _, _ in os.walk("/sys/fs/cgroup") if lab_id in folder]
     found += [path.name for path in Path("/sys/class/net").glob(f"g{lab_id}*")]
     return found + [line for line in map(command_line, Path("/proc").glob("[0-9]*")) if lab_id in line]
+
+
+def program_of(process: Path) -> Path:
+    """The file that a process runs; an empty path for one that has ended."""
+    try:
+        return process.joinpath("exe").readlink()
+    except (FileNotFoundError, ProcessLookupError):
+        return Path()
 
 
 def command_line(process: Path) -> str:
@@ -155,6 +164,26 @@ def test_a_lab_comes_up_and_goes_without_a_trace() -> None:
         wait_for(lambda: serves(lab, "hello"))
         assert traces(lab.lab_id)
     wait_for(lambda: traces(lab.lab_id) == [], deadline_seconds=3)
+
+
+def test_a_node_runs_the_engine_that_it_was_given_and_that_goes_without_a_trace() -> None:
+    """Its own dockerd, containerd and shim, with its own image store."""
+    choice = containerd_store()
+    assert choice.root is not None
+    with Lab(prefect=False, receiver=False, engines={"host-a": choice}) as lab:
+        host = lab.hosts["host-a"]
+        serve(host, "hello")
+        wait_for(lambda: serves(lab, "hello"))
+        own = [path for path in Path("/proc").glob("[0-9]*") if lab.lab_id in command_line(path)]
+        mine = {program.name for program in map(program_of, own) if program.is_relative_to(choice.root)}
+        assert mine == {"containerd", "containerd-shim-runc-v2", "docker-proxy", "dockerd"}
+        assert has_containerd_store(with_client(host, docker.DockerClient.info))
+        sockets = [
+            Path(path.read_text().removeprefix("unix://")) for path in host.folder.glob("run/*/*/*/address")
+        ]
+        assert [path for path in sockets if path.exists()]
+    wait_for(lambda: traces(lab.lab_id) == [], deadline_seconds=3)
+    assert not [path for path in sockets if path.exists()]
 
 
 def test_a_lab_has_a_prefect_server_workers_and_a_receiver(lab: Lab) -> None:
