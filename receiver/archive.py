@@ -25,6 +25,7 @@ from receiver.contract import ImageAnnouncement, PackageAnnouncement, PackageFor
 
 MANIFEST = "manifest.json"
 _NAMES = "repositories"  # what Docker before 1.10 reads instead
+_INDEX = "index.json"  # what a containerd image store reads instead
 BLOCK_BYTES = 1024 * 1024
 _MAX_WINDOW_BYTES = 8 * 1024 * 1024  # what zstd may ask to keep in memory
 _MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
@@ -77,8 +78,13 @@ class ArchivedImage:
     """The single image of an archive; a layer that is missing is known by its place."""
 
     config_digest: str
-    layers_count: int
+    layer_files: tuple[str, ...]
     missing: frozenset[int]
+
+    @property
+    def layers_count(self) -> int:
+        """How many layers it names, also those that are missing."""
+        return len(self.layer_files)
 
     def check(self, config_digest: str, layers: list[str], omitted: Collection[str]) -> None:
         """Raise `ArchiveDamaged` unless this is that image, and lacks no layer but the omitted ones."""
@@ -103,7 +109,7 @@ def image_in(contents: ArchiveContents) -> ArchivedImage:
         if config not in contents.digests:
             raise ArchiveDamaged(f"it lacks {config}")
         missing = frozenset(place for place, name in enumerate(layers) if not contents.has(name))
-        return ArchivedImage(f"sha256:{contents.digests[config]}", len(layers), missing)
+        return ArchivedImage(f"sha256:{contents.digests[config]}", tuple(layers), missing)
 
 
 def rebuilt(
@@ -127,8 +133,8 @@ def rebuilt(
                 raise ArchiveDamaged(f"{member.name} is neither file, folder nor link")
             if is_dropped(member, documents) or (nameless and member.name == _NAMES):
                 continue
-            if nameless and member.name == MANIFEST:
-                yield from _nameless_manifest(archive, member, contents)
+            if nameless and member.name in {MANIFEST, _INDEX}:
+                yield from _nameless_member(archive, member, contents)
                 continue
             yield member.tobuf(tarfile.GNU_FORMAT)
             yield from _content(archive, member, contents, documents)
@@ -166,17 +172,22 @@ def _content(
         contents.manifest = bytes(kept) if member.name == MANIFEST else contents.manifest
 
 
-def _nameless_manifest(
+def _nameless_member(
     archive: tarfile.TarFile, member: tarfile.TarInfo, contents: ArchiveContents
 ) -> Iterator[bytes]:
     if member.size > _MAX_DOCUMENT_BYTES:
-        raise ArchiveDamaged(f"its {MANIFEST} has {member.size} bytes")
-    images = json.loads(b"".join(_blocks(archive, member)))
-    contents.manifest = json.dumps([{**image, "RepoTags": None} for image in images]).encode()
-    fresh = tarfile.TarInfo(MANIFEST)
-    fresh.size = len(contents.manifest)
+        raise ArchiveDamaged(f"its {member.name} has {member.size} bytes")
+    told = json.loads(b"".join(_blocks(archive, member)))
+    if member.name == MANIFEST:
+        document = json.dumps([{**image, "RepoTags": None} for image in told]).encode()
+        contents.manifest = document
+    else:
+        images = [{**image, "annotations": None} for image in told["manifests"]]
+        document = json.dumps({**told, "manifests": images}).encode()
+    fresh = tarfile.TarInfo(member.name)
+    fresh.size = len(document)
     yield fresh.tobuf(tarfile.GNU_FORMAT)
-    yield contents.manifest
+    yield document
     yield bytes(-fresh.size % tarfile.BLOCKSIZE)
 
 
@@ -218,10 +229,12 @@ def checked_package(
     image: ImageAnnouncement | None,
     package: PackageAnnouncement | None,
     found: Callable[[ArchivedImage], None],
+    *,
+    nameless: bool = False,
 ) -> Generator[bytes]:
     """The archive in a package for an engine, its end only when it is the announced image.
 
-    `found` is told what it is, before the end. Raises `ArchiveDamaged`.
+    `found` is told what it is, before the end. `nameless` as for `rebuilt`. Raises `ArchiveDamaged`.
     """
 
     def check(archived: ArchivedImage) -> None:
@@ -236,7 +249,7 @@ def checked_package(
     with file:
         limit_bytes = package_limit_bytes(image, path.stat().st_size)
         reader = PackageReader(file, package.format if package else None, limit_bytes)
-        yield from rebuilt(reader, check)
+        yield from rebuilt(reader, check, nameless=nameless)
 
 
 def format_of(beginning: bytes) -> PackageFormat:

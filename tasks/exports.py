@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sqlite3
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -22,7 +23,7 @@ from urllib3.exceptions import HTTPError
 from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, rebuilt
 from tasks import builder
 from tasks.errors import TransferFailed
-from tasks.push_export import push_export
+from tasks.push_export import layer_index, push_export
 from tasks.push_plan import PushUnsuitable
 
 log = logging.getLogger(__name__)
@@ -89,22 +90,51 @@ def _begun(blocks: Generator[bytes]) -> Generator[bytes]:
 
 def save_export(image_id: str, reference: str, omitted: frozenset[str]) -> Generator[bytes]:
     """By the engine's `save`, which reads the whole image. Raises `ExportFailed`."""
-    with _saved(image_id, reference) as (archive, layers):
-        yield from rebuilt(archive, _checks(layers, omitted), _KnownLayers(layers, omitted).is_one)
+    with _saved(image_id, reference) as saved:
+        known = _KnownLayers(saved.layers, omitted, _known_digests(omitted))
+        yield from rebuilt(saved.blocks, _checks(saved.layers, omitted), known.is_one)
 
 
 def read_config_digest(image_id: str, reference: str) -> str:
-    """The image's config digest, for engines whose image id is another: read from a whole export."""
+    """The image's config digest, for engines whose image id is another: read from a whole export.
+
+    Such an engine keeps layers compressed: their digests are learnt here, so that later exports can leave
+    out the layers that a host has.
+    """
     found: list[ArchivedImage] = []
-    with _saved(image_id, reference) as (archive, _):
-        for _ in rebuilt(archive, found.append):
+    with _saved(image_id, reference) as saved:
+        for _ in rebuilt(saved.blocks, found.append):
             pass
+    blobs = [name for name in found[0].layer_files if name.startswith(_BLOBS)]
+    if len(blobs) == len(saved.layers):
+        with suppress(sqlite3.Error, OSError):  # it would only save time
+            layer_index().learn(saved.engine_id, zip(map(_blob_digest, blobs), saved.layers, strict=True))
     return found[0].config_digest
 
 
+def _blob_digest(name: str) -> str:
+    return f"sha256:{name.removeprefix(_BLOBS)}"
+
+
+def _known_digests(layers: frozenset[str]) -> frozenset[str]:
+    """By what other digests these layers are known, as far as this control host has learnt it."""
+    with suppress(sqlite3.Error, OSError):
+        return layer_index().digests(layers)
+    return frozenset()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What an engine saves of an image, and the image's diff ids."""
+
+    engine_id: str
+    blocks: _Blocks
+    layers: list[str]
+
+
 @contextmanager
-def _saved(image_id: str, reference: str) -> Iterator[tuple[_Blocks, list[str]]]:
-    """What the engine saves, and the image's diff ids; errors within are `ExportFailed`.
+def _saved(image_id: str, reference: str) -> Iterator[_Saved]:
+    """The image as its engine saves it; errors within are `ExportFailed`.
 
     By the image's name, unless that was given to another one meanwhile: then nameless, and named by the host.
     """
@@ -112,7 +142,8 @@ def _saved(image_id: str, reference: str) -> Iterator[tuple[_Blocks, list[str]]]
         image = client.images.get(image_id)
         name = reference if reference in image.tags else image_id
         with closing(cast("Generator[bytes]", client.api.get_image(name, BLOCK_BYTES))) as blocks:
-            yield _Blocks(blocks), list(image.attrs["RootFS"].get("Layers") or ())
+            layers = list(image.attrs["RootFS"].get("Layers") or ())
+            yield _Saved(str(client.info()["ID"]), _Blocks(blocks), layers)
 
 
 def _checks(layers: list[str], omitted: frozenset[str]) -> Callable[[ArchivedImage], None]:
@@ -139,15 +170,16 @@ class _Blocks:
 class _KnownLayers:
     """Which members of an engine's export hold the layers that are left out."""
 
-    def __init__(self, layers: Sequence[str], omitted: frozenset[str]) -> None:
+    def __init__(self, layers: Sequence[str], omitted: frozenset[str], digests: frozenset[str]) -> None:
         self._layers, self._omitted = layers, omitted
+        self._blobs = omitted | digests
         self._folders = legacy_folders(layers[:-1])
 
     def is_one(self, member: tarfile.TarInfo, documents: Mapping[str, bytes]) -> bool:
         """True for a layer in `omitted`; one that is not recognised is sent."""
         name = member.name
         if name.startswith(_BLOBS):
-            return f"sha256:{name.removeprefix(_BLOBS)}" in self._omitted
+            return _blob_digest(name) in self._blobs
         if not name.endswith(_LEGACY_LAYER):
             return False
         return self._layer_in(name.removesuffix(_LEGACY_LAYER), documents) in self._omitted
