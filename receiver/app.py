@@ -157,7 +157,8 @@ class Service:
                 f"the image is for {image.os}/{image.architecture}, "
                 f"this host's engine runs {info.os}/{info.architecture}"
             )
-        if await self.engine.ask(lambda engine: engine.find_image(image)) is not None:
+        had_as = await asyncio.to_thread(self.ledger.image_ids, image.config_digest)
+        if await self.engine.ask(lambda engine: engine.find_image(image, had_as)) is not None:
             return True, list(image.layers)
         return False, await self.engine.ask(lambda engine: engine.known_layers(image))
 

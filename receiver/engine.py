@@ -169,13 +169,17 @@ class Engine:
 
     # -- images ----------------------------------------------------------------------------------
 
-    def find_image(self, announced: ImageAnnouncement) -> LoadedImage | None:
-        """The announced image when the engine has it under its config digest (classic image store)."""
-        try:
-            found = self.inspect_image(announced.config_digest)
-        except ImageNotFound:
-            return None
-        return found if list(found.layers) == announced.layers else None
+    def find_image(self, announced: ImageAnnouncement, had_as: Sequence[str] = ()) -> LoadedImage | None:
+        """The announced image when the engine has it: under its config digest, as a classic store has it.
+
+        A containerd store has it under another id: under one of `had_as`, which the ledger knows.
+        """
+        for image_id in (announced.config_digest, *had_as):
+            with contextlib.suppress(ImageNotFound):
+                found = self.inspect_image(image_id)
+                if list(found.layers) == announced.layers:
+                    return found
+        return None
 
     def inspect_image(self, reference: str) -> LoadedImage:
         """Identity of a local image; raises docker's `ImageNotFound`."""
@@ -187,14 +191,17 @@ class Engine:
             architecture=attributes["Architecture"],
         )
 
-    def announce_image(self, image_id: str) -> ImageAnnouncement | None:
-        """A local image as a sender would announce it to this engine, or None when it is gone."""
+    def announce_image(self, image_id: str, config_digest: str | None = None) -> ImageAnnouncement | None:
+        """A local image as a sender would announce it, or None when it is gone.
+
+        Without its config digest it is called by its id, which is the same in a classic store only.
+        """
         try:
             attributes = self._client.images.get(image_id).attrs
         except ImageNotFound:
             return None
         return ImageAnnouncement(
-            config_digest=attributes["Id"],
+            config_digest=config_digest or attributes["Id"],
             layers=list(attributes["RootFS"].get("Layers") or ()),
             architecture=attributes["Architecture"],
             os=attributes["Os"],
@@ -232,10 +239,12 @@ class Engine:
         """Load the docker-archive in a package while it is read, and return the image in it.
 
         Raises `PackageRefused` when the archive is damaged or not the announced image, with nothing loaded,
-        and when the engine makes other layers of it.
+        and when the engine makes other layers of it. A containerd image store is given no name with it: it
+        would drop the image that had the name, though a container uses that.
         """
         found: list[ArchivedImage] = []
-        archive = checked_package(path, announced, package, found.append)
+        nameless = self.has_containerd_store
+        archive = checked_package(path, announced, package, found.append, nameless=nameless)
         try:
             loaded = self._client.images.load(cast("bytes", archive))
         except ArchiveDamaged as exc:

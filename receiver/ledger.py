@@ -76,6 +76,7 @@ CREATE TABLE IF NOT EXISTS deployments (
 );
 CREATE INDEX IF NOT EXISTS deployments_by_state ON deployments (state);
 CREATE INDEX IF NOT EXISTS deployments_by_workflow ON deployments (workflow_id);
+CREATE INDEX IF NOT EXISTS deployments_by_image ON deployments (json_extract(facts, '$.image_config_digest'));
 CREATE TABLE IF NOT EXISTS journal (
     id INTEGER PRIMARY KEY,
     deployment_id TEXT NOT NULL REFERENCES deployments,
@@ -279,6 +280,16 @@ class Ledger:
         if row is None:
             raise DeploymentUnknown(f"no deployment of workflow {workflow_id} on this host")
         return _entry(row)
+
+    def image_ids(self, config_digest: str) -> list[str]:
+        """Ids by which this host's engine has had an image, the newest first."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT json_extract(facts, '$.image_id') AS image_id FROM deployments"
+                " WHERE json_extract(facts, '$.image_config_digest') = ? ORDER BY created_at DESC",
+                (config_digest,),
+            ).fetchall()
+        return list(dict.fromkeys(str(row["image_id"]) for row in rows if row["image_id"]))
 
     def in_states(self, *states: HostState) -> list[Entry]:
         """Entries in any of `states`, oldest first."""

@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import requests.exceptions
 from docker.errors import APIError, NotFound
@@ -245,14 +245,8 @@ class Operations:
         self._entry_in(HostState.READY)
         container_id = self._create(entry, image, environment)
         neighbours.look_often(self.engine.bridge(container_id))
-        announced = entry.request.image
-        self.ledger.move(
-            self.deployment_id,
-            HostState.PREPARED,
-            image_id=image.image_id,
-            image_config_digest=announced.config_digest if announced else image.config_digest,
-            container_id=container_id,
-        )
+        identity = _identity(image, entry.request.image)
+        self.ledger.move(self.deployment_id, HostState.PREPARED, container_id=container_id, **identity)
         self._gate("container_deployed", Stage.DEPLOY, passed=True, message=container_id[:12])
 
     def _check_room(self, entry: Entry) -> None:
@@ -284,12 +278,18 @@ class Operations:
     def _load(self, entry: Entry) -> LoadedImage:
         announced = entry.request.image
         wait_until_fed(self.settings.packages_dir, self.deployment_id)
-        image = self.engine.find_image(announced) if announced else None
+        image = self._find_image(announced)
         if image is None:
             self._check_room(entry)
             image = self.engine.load_image(self.package_path(), announced, entry.package)
+            self.ledger.note(self.deployment_id, **_identity(image, announced))
         self.engine.tag_image(image.image_id, entry.request.container_name, entry.request.image_tag)
         return image
+
+    def _find_image(self, announced: ImageAnnouncement | None) -> LoadedImage | None:
+        if announced is None:
+            return None
+        return self.engine.find_image(announced, self.ledger.image_ids(announced.config_digest))
 
     def _check_ports(self, entry: Entry, current: Container | None) -> None:
         try:
@@ -619,7 +619,7 @@ class Operations:
 
     def _loaded_image_id(self, announced: ImageAnnouncement | None) -> str | None:
         """The image of a process that died after it was loaded, before that was written down."""
-        found = self.engine.find_image(announced) if announced else None
+        found = self._find_image(announced)
         return found.image_id if found else None
 
     async def _undo(self, undo: Undo) -> bool:
@@ -691,6 +691,12 @@ class Operations:
         again = await asyncio.to_thread(self.engine.state, container_id)
         if not again.running or again.started_at != first.started_at:
             raise health.ContainerUnwell(f"the previous container is {again.status} after its start")
+
+
+def _identity(image: LoadedImage, announced: ImageAnnouncement | None) -> dict[str, Any]:
+    """What the ledger keeps of an image: by it a containerd image store's one is found again."""
+    digest = announced.config_digest if announced else image.config_digest
+    return {"image_id": image.image_id, "image_config_digest": digest}
 
 
 def loaded_bytes(image: ImageAnnouncement, package: PackageAnnouncement | None) -> int:

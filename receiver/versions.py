@@ -87,6 +87,11 @@ class Version:
         return self.container.deployment_id
 
     @property
+    def config_digest(self) -> str | None:
+        """What every engine knows the image by; None when the ledger does not know it."""
+        return self.entry.facts.image_config_digest if self.entry else None
+
+    @property
     def is_current(self) -> bool:
         """True for the one that has the container's name."""
         return self.container.name == self.container.container_name
@@ -315,7 +320,8 @@ async def _target(
     """
     shelf = await _shelf(service, container_name)
     version = shelf.choose(to)
-    image = await service.engine.ask(lambda engine: engine.announce_image(version.container.image_id))
+    image_id, digest = version.container.image_id, version.config_digest
+    image = await service.engine.ask(lambda engine: engine.announce_image(image_id, digest))
     if image is None:
         raise VersionLost(f"the image of {version} was removed from this host's engine")
     return version, image, shelf.current

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ class FakeEngine:
         self._answer()
         return EngineInfo("20.10.24", "amd64", "linux", "/var/lib/docker", "overlay2")
 
-    def find_image(self, announced: ImageAnnouncement) -> LoadedImage | None:
+    def find_image(self, announced: ImageAnnouncement, had_as: Sequence[str] = ()) -> LoadedImage | None:
         if announced not in self.images:
             return None
         digest = announced.config_digest
@@ -47,8 +47,9 @@ class FakeEngine:
     def known_layers(self, announced: ImageAnnouncement) -> list[str]:
         return [layer for layer in announced.layers if layer in self.layers]
 
-    def announce_image(self, image_id: str) -> ImageAnnouncement | None:
-        return next((image for image in self.images if image.config_digest == image_id), None)
+    def announce_image(self, image_id: str, config_digest: str | None = None) -> ImageAnnouncement | None:
+        wanted = config_digest or image_id
+        return next((image for image in self.images if image.config_digest == wanted), None)
 
     def made_containers(self, container_name: str | None = None) -> list[MadeContainer]:
         self._answer()

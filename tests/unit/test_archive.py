@@ -96,6 +96,26 @@ def test_each_format_is_unpacked_as_it_is_read(
     assert contents(given(tmp_path, package, package_format=package_format)) == FILES
 
 
+def test_a_nameless_archive_names_its_image_nowhere(tmp_path: Path) -> None:
+    """Neither where a classic engine looks nor where a containerd image store does."""
+    manifest = json.dumps([{**MANIFEST[0], "RepoTags": ["web:v1"]}]).encode()
+    annotations = {"io.containerd.image.name": "docker.io/library/web:v1"}
+    index = {"schemaVersion": 2, "manifests": [{"digest": "sha256:1", "annotations": annotations}]}
+    named = {
+        "index.json": json.dumps(index).encode(),
+        "manifest.json": manifest,
+        "repositories": b'{"web": {}}',
+    }
+    path = tmp_path / "package"
+    path.write_bytes(tar_of({**FILES, **named}))
+    found: list[ArchivedImage] = []
+    given = contents(b"".join(checked_package(path, IMAGE, None, found.append, nameless=True)))
+    assert [image.config_digest for image in found] == [f"sha256:{DIGEST}"]
+    assert set(given) == {*FILES, "index.json"}
+    assert not [name for name, content in given.items() if b"web" in content]
+    assert json.loads(given["index.json"])["manifests"] == [{"digest": "sha256:1", "annotations": None}]
+
+
 def test_what_is_left_out_is_what_was_announced(tmp_path: Path) -> None:
     """An announced layer may be missing, a link to a missing one too; any other one is refused."""
     lacking = zstd(without("1/layer.tar"))
@@ -167,4 +187,4 @@ def test_what_a_package_holds_is_told(tmp_path: Path) -> None:
     path.write_bytes(zstd(without()))
     for _ in checked_package(path, None, None, found.append):
         pass
-    assert found == [ArchivedImage(f"sha256:{DIGEST}", 2, frozenset())]
+    assert found == [ArchivedImage(f"sha256:{DIGEST}", ("1/layer.tar", "2/layer.tar"), frozenset())]

@@ -197,6 +197,21 @@ def test_notes_of_two_connections_do_not_overwrite_each_other(ledger: Ledger, ot
     assert len(ledger.get(deployment_id).facts.model_dump(exclude_defaults=True)) == len(names)
 
 
+def test_the_ids_of_an_image_are_told_newest_first_and_once(ledger: Ledger) -> None:
+    """A containerd image store gives one image another id than its config digest, or several."""
+    wanted, other = ("sha256:" + letter * 64 for letter in "ab")
+    for image_id, digest in (
+        ("old", wanted),
+        ("new", wanted),
+        ("else", other),
+        (None, wanted),
+        ("new", wanted),
+    ):
+        ledger.note(new(ledger, S.PREPARED), image_id=image_id, image_config_digest=digest)
+    assert ledger.image_ids(wanted) == ["new", "old"]
+    assert ledger.image_ids("sha256:" + "c" * 64) == []
+
+
 # -- taking requests -------------------------------------------------------------------------------
 
 
