@@ -7,7 +7,6 @@ authenticated the bytes. Must never import Prefect.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 import threading
@@ -151,6 +150,7 @@ class Service:
         """Whether the engine has the image, and which of its layers; raises `PlatformMismatch`."""
         if image is None:
             return False, []
+        self.preloads.spare(image)
         info = await self.engine.info()
         if (image.os, image.architecture) != (info.os, info.architecture):
             raise PlatformMismatch(
@@ -213,12 +213,15 @@ class Service:
 
     async def load_ahead(self, deployment_id: str, held_bytes: int) -> None:
         """Give the engine a package that arrives, where that is worth it."""
-        if self.preloads.is_due(deployment_id, held_bytes):
-            part = self.packages.part(deployment_id)
-            with contextlib.suppress(EngineUnreachable, OSError):
-                await self.engine.ask(
-                    lambda engine: self.preloads.begin(deployment_id, part, engine), HEALTH_PATIENCE_SECONDS
-                )
+        if not self.preloads.is_due(deployment_id, held_bytes):
+            return
+        part = self.packages.part(deployment_id)
+        try:
+            await self.engine.ask(
+                lambda engine: self.preloads.begin(deployment_id, part, engine), HEALTH_PATIENCE_SECONDS
+            )
+        except Exception as exc:  # noqa: BLE001 - the chunk was taken; the deployment loads its package itself
+            log.info("not loaded ahead: %s", exc, extra={"deployment_id": deployment_id})
 
     async def sweep(self) -> None:
         """Clear up packages, and what the engine was given ahead for a deployment that never used it."""

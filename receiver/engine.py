@@ -281,7 +281,8 @@ class Engine:
         """Remove an image that has no name and that no container uses; True when it is gone."""
         with contextlib.suppress(ImageNotFound):
             image = self._client.images.get(image_id)
-            if image.tags or self._is_used(str(image.id)):
+            is_named = image.tags or image.attrs.get("RepoDigests")
+            if is_named or self._is_used(str(image.id)):
                 return False
             return self._remove_images([image_id])
         return True
@@ -346,7 +347,8 @@ class Engine:
             return None
         if network["Driver"] != "bridge" or not self.is_local:
             return None
-        return str(network["Options"].get("com.docker.network.bridge.name") or f"br-{network['Id'][:12]}")
+        options = network.get("Options") or {}
+        return str(options.get("com.docker.network.bridge.name") or f"br-{network['Id'][:12]}")
 
     def containers_of(self, container_name: str) -> list[Container]:
         """Containers that we made for this name, running or not, newest first."""

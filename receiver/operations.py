@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import requests.exceptions
-from docker.errors import APIError, NotFound
+from docker.errors import APIError, DockerException, NotFound
 from docker.models.containers import Container
 
 from receiver import consul, contract, disk, health, neighbours
@@ -244,7 +244,10 @@ class Operations:
         self._check_ports(entry, current)
         self._entry_in(HostState.READY)
         container_id = self._create(entry, image, environment)
-        neighbours.look_often(self.engine.bridge(container_id))
+        with contextlib.suppress(DockerException, requests.exceptions.RequestException):
+            neighbours.look_often(
+                self.engine.bridge(container_id)
+            )  # what it gains is no deployment's failure
         identity = _identity(image, entry.request.image)
         self.ledger.move(self.deployment_id, HostState.PREPARED, container_id=container_id, **identity)
         self._gate("container_deployed", Stage.DEPLOY, passed=True, message=container_id[:12])
@@ -277,7 +280,7 @@ class Operations:
 
     def _load(self, entry: Entry) -> LoadedImage:
         announced = entry.request.image
-        wait_until_fed(self.settings.packages_dir, self.deployment_id)
+        wait_until_fed(self.settings.packages_dir, entry)
         image = self._find_image(announced)
         if image is None:
             self._check_room(entry)

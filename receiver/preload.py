@@ -13,20 +13,25 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blake3 import blake3
+from docker.errors import APIError
 
-from receiver.archive import ArchivedImage, PackageReader, package_limit_bytes, rebuilt
-from receiver.contract import HostState, Transport
+from receiver import disk
+from receiver.archive import ArchivedImage, PackageReader, format_of, package_limit_bytes, rebuilt
+from receiver.contract import HostState, ImageAnnouncement, Transport
 from receiver.engine import Engine
 from receiver.ledger import DeploymentUnknown, Entry, Ledger
 
 log = logging.getLogger(__name__)
 AT_ONCE = 2
 STALL_SECONDS = 60.0
+SPARED_SECONDS = 60.0
+WAIT_SECONDS = 60.0
+_WAIT_BYTES_PER_SECOND = 50_000_000
 _POLL_SECONDS = 0.05
 _DRAIN_BYTES = 1024 * 1024
 
@@ -44,6 +49,12 @@ class Preloads:
         self._from_bytes = from_bytes
         self._places = threading.BoundedSemaphore(AT_ONCE)
         self._seen: set[str] = set()
+        self._spared: dict[str, float] = {}
+
+    def spare(self, image: ImageAnnouncement | None) -> None:
+        """Let nothing of an image be removed for a while: a deployment is told now what of it is here."""
+        if image is not None:
+            self._spared.update(dict.fromkeys(image.layers, time.monotonic()))
 
     def is_due(self, deployment_id: str, held_bytes: int) -> bool:
         """True once for a package that is large enough, with 0 for none. Reads nothing."""
@@ -58,30 +69,38 @@ class Preloads:
         comes_by_http = entry.state is HostState.RECEIVING and entry.request.transport is Transport.HTTP
         if not comes_by_http or entry.request.image is None or engine.has_containerd_store:
             return None
-        if not self._places.acquire(blocking=False):
+        if not _has_room(entry.request.image, engine) or not self._places.acquire(blocking=False):
             return None
         try:
-            descriptor = _locked(_marker(self._folder, deployment_id))
-            work = threading.Thread(
-                target=self._feed, args=(entry, part, engine, descriptor), name="preload", daemon=True
-            )
-            work.start()
+            return self._started(entry, part, engine)
         except BaseException:
             self._places.release()
+            raise
+
+    def _started(self, entry: Entry, part: Path, engine: Engine) -> threading.Thread:
+        descriptor = _locked(_marker(self._folder, entry.deployment_id))
+        work = threading.Thread(
+            target=self._feed, args=(entry, part, engine, descriptor), name="preload", daemon=True
+        )
+        try:
+            work.start()
+        except BaseException:
+            os.close(descriptor)
             raise
         return work
 
     def _feed(self, entry: Entry, part: Path, engine: Engine, descriptor: int) -> None:
-        began = time.monotonic()
+        began, is_whole = time.monotonic(), threading.Event()
         try:
-            archive = _archive(entry, part, self._ledger)
+            archive = _archive(entry, part, self._ledger, is_whole)
             try:
                 engine.load_nameless(archive)
             finally:
                 archive.close()
         except Exception as exc:  # noqa: BLE001 - the deployment's own step loads it then, or tells why not
             log.info("not loaded ahead: %s", exc, extra={"deployment_id": entry.deployment_id})
-            _marker(self._folder, entry.deployment_id).unlink(missing_ok=True)
+            if not is_whole.is_set():  # else the engine may have kept it all the same
+                _marker(self._folder, entry.deployment_id).unlink(missing_ok=True)
         else:
             seconds = time.monotonic() - began
             log.info("loaded ahead in %.1f s", seconds, extra={"deployment_id": entry.deployment_id})
@@ -89,45 +108,73 @@ class Preloads:
             self._places.release()
             os.close(descriptor)
 
-    def left(self) -> dict[str, str | None]:
-        """Settled deployments that may have left an image, and its id; those that died with a daemon, too."""
-        self._seen = {seen for seen in self._seen if not self._is_settled(seen)}
-        found: dict[str, str | None] = {}
+    def left(self) -> dict[str, ImageAnnouncement | None]:
+        """Deployments that may have left an image, and which; those that died with a daemon, too."""
+        self._seen.difference_update([seen for seen in list(self._seen) if self._is_past(seen)])
+        since = time.monotonic() - SPARED_SECONDS
+        for layer in [layer for layer, at in list(self._spared.items()) if at <= since]:
+            self._spared.pop(layer, None)
+        found: dict[str, ImageAnnouncement | None] = {}
         for marker in self._folder.glob("*.ahead"):
-            if self._is_settled(marker.stem) and not _is_locked(marker):
-                found[marker.stem] = self._image_id(marker.stem)
+            if self._is_past(marker.stem) and not _is_locked(marker):
+                found[marker.stem] = self._image(marker.stem)
         return found
 
-    def clear(self, left: dict[str, str | None], engine: Engine) -> None:
-        """Remove the images that no deployment has named. Blocking."""
-        for deployment_id, image_id in left.items():
-            if image_id is not None:
-                if self._is_awaited(image_id):
-                    continue
-                engine.remove_nameless_image(image_id)
-            _marker(self._folder, deployment_id).unlink(missing_ok=True)
+    def clear(self, left: Mapping[str, ImageAnnouncement | None], engine: Engine) -> None:
+        """Remove the images that no deployment has named, nor counts on. Blocking."""
+        for deployment_id, image in left.items():
+            if image is not None and self._is_awaited(image):
+                continue
+            try:
+                if image is not None:
+                    engine.remove_nameless_image(image.config_digest)
+            except APIError as exc:
+                log.warning(
+                    "an image that nobody needs stays: %s", exc, extra={"deployment_id": deployment_id}
+                )
+            else:
+                _marker(self._folder, deployment_id).unlink(missing_ok=True)
 
-    def _is_awaited(self, image_id: str) -> bool:
+    def _is_awaited(self, image: ImageAnnouncement) -> bool:
+        """Whether another deployment was told that layers of it are here."""
+        spared = set(self._spared)
         waiting = self._ledger.in_states(HostState.RECEIVING, HostState.READY, HostState.PREPARED)
-        return any(entry.request.image and entry.request.image.config_digest == image_id for entry in waiting)
+        for entry in waiting:
+            spared |= set(entry.request.image.layers if entry.request.image else ())
+        return not spared.isdisjoint(image.layers)
 
-    def _is_settled(self, deployment_id: str) -> bool:
+    def _is_past(self, deployment_id: str) -> bool:
+        """True once it has named the image, or will not."""
         try:
-            return self._ledger.get(deployment_id).state.settled
+            return self._ledger.get(deployment_id).state not in {HostState.RECEIVING, HostState.READY}
         except DeploymentUnknown:
             return True
 
-    def _image_id(self, deployment_id: str) -> str | None:
+    def _image(self, deployment_id: str) -> ImageAnnouncement | None:
         with suppress(DeploymentUnknown):
-            image = self._ledger.get(deployment_id).request.image
-            return image.config_digest if image else None
+            return self._ledger.get(deployment_id).request.image
         return None
 
 
-def wait_until_fed(folder: Path, deployment_id: str) -> None:
-    """Return when the engine is not given this package any more, or at once where it never was."""
-    with suppress(FileNotFoundError), _opened(_marker(folder, deployment_id)) as descriptor:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+def wait_until_fed(folder: Path, entry: Entry) -> None:
+    """Return when the engine is not given this package any more, or at once where it never was.
+
+    Not for ever: a daemon that stands still must not hold up the deployment.
+    """
+    size_bytes = entry.request.image.size_bytes if entry.request.image else 0
+    deadline = time.monotonic() + WAIT_SECONDS + size_bytes / _WAIT_BYTES_PER_SECOND
+    while _is_locked(_marker(folder, entry.deployment_id)) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _has_room(image: ImageAnnouncement, engine: Engine) -> bool:
+    """Asked here, too: a package is fed before its announcement has been compared with the engine's disk."""
+    try:
+        disk.check_room([disk.Need(Path(engine.info().data_root), image.size_bytes, "the loaded image")])
+    except disk.RoomMissing as exc:
+        log.info("not loaded ahead: %s", exc)
+        return False
+    return True
 
 
 def _marker(folder: Path, deployment_id: str) -> Path:
@@ -159,13 +206,13 @@ def _is_locked(marker: Path) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:
+    except OSError:
         return False
     return False
 
 
-def _archive(entry: Entry, part: Path, ledger: Ledger) -> Generator[bytes]:
-    """The archive in a package that arrives; its end only when it is the verified one."""
+def _archive(entry: Entry, part: Path, ledger: Ledger, is_whole: threading.Event) -> Generator[bytes]:
+    """The archive in a package that arrives; its end only when it is the verified one, which is told then."""
     image = entry.request.image
     if image is None:
         raise PreloadEnded("its image was not announced")
@@ -175,7 +222,10 @@ def _archive(entry: Entry, part: Path, ledger: Ledger) -> Generator[bytes]:
         now = ledger.get(entry.deployment_id)
         if now.package is None or now.package.blake3 != arriving.hexdigest():
             raise PreloadEnded("what the engine got is not the verified package")
+        if now.package.format not in {None, format_of(os.pread(file.fileno(), 4, 0))}:
+            raise PreloadEnded(f"it was announced as {now.package.format}")
         archived.check(image.config_digest, image.layers, now.package.omitted_layers)
+        is_whole.set()
 
     with part.open("rb") as file:
         arriving = _Arriving(file.fileno(), entry.deployment_id, ledger)

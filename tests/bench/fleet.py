@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 
 from deployments.lab import Lab
-from tests.bench.latency import POLLING
 from tests.bench.load import Load, measure_load
 from tests.bench.load import table as load_table
 from tests.e2e.deploying import BASE_IMAGE, FINAL, furnish, in_control, prefect_api, query, start_run
@@ -28,7 +27,7 @@ MANY = tuple(f"host-{number}" for number in range(1, 21))
 LIMITS = (8, 3)
 NAME = "fleet"
 PORT = 18900
-_CALM = {"PREFECT_WORKER_QUERY_SECONDS": "2"}  # 21 workers that ask twice a second are work of their own
+_CALM = {"PREFECT_WORKER_QUERY_SECONDS": "2"}  # 21 workers that ask every second are work of their own
 _DEADLINE_SECONDS = 900
 _LOOK_SECONDS = 3.0  # the run's own times are what counts; looking often would count among the requests
 
@@ -45,7 +44,7 @@ class Trial:
 
 def measure(runs: int) -> tuple[list[Trial], Load]:
     """One host and eight in turn, `runs` times, once under a lower limit; then the load, and twenty hosts."""
-    with lab_on_postgresql(HOSTS, environment=POLLING) as lab:
+    with lab_on_postgresql(HOSTS, environment={}) as lab:
         furnish(lab)
         _register(lab, HOSTS)
         _limit(lab, LIMITS[0])

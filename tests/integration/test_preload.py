@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from uuid import uuid4
 
@@ -18,12 +19,13 @@ from receiver import preload
 from receiver.contract import (
     DeploymentConfig,
     DeployRequest,
+    ErrorCode,
     HealthCheckConfig,
     HostState,
     ImageAnnouncement,
     deploy_path,
 )
-from receiver.engine import PackageRefused
+from receiver.engine import Engine, PackageRefused
 from receiver.operations import Operations
 from receiver.packages import Packages
 from receiver.preload import Preloads
@@ -66,19 +68,27 @@ class Arrival:
             piece = self.package[self.sent : self.sent + size]
             await self.packages.append(self.deployment_id, self.sent, piece)
             self.sent += len(piece)
-            self.begin()
+            if self.preloads.is_due(self.deployment_id, self.sent):
+                self.work = self.begin()
 
-    def begin(self) -> None:
-        """As the application does it after each piece."""
-        if self.preloads.is_due(self.deployment_id, self.sent):
-            part = self.packages.part(self.deployment_id)
-            self.work = self.preloads.begin(self.deployment_id, part, self.rig.host.engine)
+    async def append_first(self) -> None:
+        """One piece, with which nothing begins."""
+        await self.packages.append(self.deployment_id, 0, self.package[:1000])
+
+    def begin(self) -> threading.Thread | None:
+        """Have the engine fed."""
+        part = self.packages.part(self.deployment_id)
+        return self.preloads.begin(self.deployment_id, part, self.rig.host.engine)
 
     async def end(self) -> None:
         """Until the engine is done."""
         assert self.work is not None
         await asyncio.to_thread(self.work.join, 30)
         assert not self.work.is_alive()
+
+    def wait(self) -> None:
+        """As the step that loads does."""
+        preload.wait_until_fed(self.rig.host.settings.packages_dir, self.operations.entry)
 
     @property
     def is_loaded(self) -> bool:
@@ -91,10 +101,13 @@ class Arrival:
         return (self.rig.host.settings.packages_dir / f"{self.deployment_id}.ahead").exists()
 
 
-def arrival(rig: Rig, content: Callable[[bytes], bytes] = lambda whole: whole) -> Arrival:
+def arrival(
+    rig: Rig, content: Callable[[bytes], bytes] = lambda whole: whole, size_bytes: int | None = None
+) -> Arrival:
     """Of an image that the engine does not have; `content` makes another archive of its own one."""
     version = f"v-{uuid4().hex[:10]}"
-    image = rig.image(version)
+    built = rig.image(version)
+    image = built.model_copy(update={"size_bytes": size_bytes or built.size_bytes})
     whole = content(b"".join(rig.docker.images.get(f"test:{version}").save(named=True)))
     rig.docker.images.remove(f"test:{version}")
     packages = Packages(rig.host.settings, rig.host.ledger)
@@ -118,7 +131,7 @@ async def test_the_image_is_there_without_a_name_when_the_whole_is_verified(rig:
     await asyncio.sleep(0.5)
     assert not arriving.is_loaded
     await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
-    await asyncio.to_thread(preload.wait_until_fed, rig.host.settings.packages_dir, arriving.deployment_id)
+    await asyncio.to_thread(arriving.wait)
     assert rig.docker.images.get(arriving.image.config_digest).tags == []
     arriving.operations.package_path().unlink()
     await take_up_to(arriving.operations, "start_container")
@@ -193,22 +206,126 @@ async def test_an_upload_that_does_not_come_to_its_end_leaves_nothing(
         assert arriving.is_loaded
 
 
-async def test_an_image_that_its_deployment_never_used_is_removed(rig: Rig) -> None:
-    """Once nobody waits for it any more; also by a daemon that was started since."""
+async def abort_all(rig: Rig) -> None:
+    """What other tests left waiting."""
+    for entry in rig.host.ledger.in_states(HostState.RECEIVING, HostState.READY, HostState.PREPARED):
+        await rig.host.abort(entry.deployment_id)
+
+
+async def loaded_ahead(rig: Rig) -> Arrival:
+    """A deployment that is READY, whose image the engine has already."""
+    await abort_all(rig)
     arriving = arrival(rig)
     await arriving.send(PIECES)
     await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
     await arriving.end()
-    fresh = Preloads(rig.host.settings.packages_dir, rig.host.ledger, from_bytes=1)
-    assert arriving.deployment_id not in fresh.left()
-    await rig.host.abort(arriving.deployment_id)
-    left = fresh.left()
-    assert left[arriving.deployment_id] == arriving.image.config_digest
-    waiting, _ = rig.host.ledger.create(arriving.operations.entry.request, HostState.READY)
-    fresh.clear(left, rig.host.engine)
     assert (arriving.is_loaded, arriving.is_marked) == (True, True)
-    await rig.host.abort(waiting.deployment_id)
-    fresh.clear(left, rig.host.engine)
+    return arriving
+
+
+def clear(rig: Rig) -> None:
+    """As a daemon does it that was started since."""
+    fresh = Preloads(rig.host.settings.packages_dir, rig.host.ledger, from_bytes=1)
+    fresh.clear(fresh.left(), rig.host.engine)
+
+
+async def test_an_image_that_its_deployment_never_used_is_removed(rig: Rig) -> None:
+    """Once it waits no more."""
+    arriving = await loaded_ahead(rig)
+    clear(rig)
+    assert (arriving.is_loaded, arriving.is_marked) == (True, True)
+    await rig.host.abort(arriving.deployment_id)
+    clear(rig)
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
+
+
+async def test_layers_that_another_deployment_counts_on_stay(rig: Rig) -> None:
+    """It was told that the host has them, or is told so in this moment."""
+    arriving = await loaded_ahead(rig)
+    other = arrival(rig)
+    await rig.host.abort(arriving.deployment_id)
+    clear(rig)
+    assert (arriving.is_loaded, arriving.is_marked) == (True, True)
+    await rig.host.abort(other.deployment_id)
+    fresh = Preloads(rig.host.settings.packages_dir, rig.host.ledger, from_bytes=1)
+    fresh.spare(other.image)
+    fresh.clear(fresh.left(), rig.host.engine)
+    assert (arriving.is_loaded, arriving.is_marked) == (True, True)
+    clear(rig)
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
+
+
+async def test_a_deployment_that_failed_without_rollback_leaves_nothing(rig: Rig) -> None:
+    """It stays as it failed; its image has no name."""
+    arriving = await loaded_ahead(rig)
+    arriving.operations.fail(ErrorCode.DEPLOYMENT_FAILED, "for the test")
+    assert rig.state(arriving.operations) is HostState.FAILED
+    clear(rig)
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
+
+
+async def test_an_engine_without_room_is_not_fed(rig: Rig) -> None:
+    """The deployment is refused in its own time, with the reason."""
+    arriving = arrival(rig, size_bytes=2**60)
+    await arriving.append_first()
+    assert arriving.begin() is None
+    assert not arriving.is_marked
+
+
+async def test_a_thread_that_cannot_be_started_holds_up_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock is free again, and so is the place."""
+    arriving = arrival(rig)
+    await arriving.append_first()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        for _ in range(preload.AT_ONCE + 1):
+            with pytest.raises(RuntimeError):
+                arriving.begin()
+    arriving.wait()
+    work = arriving.begin()
+    assert work is not None
+    await rig.host.abort(arriving.deployment_id)
+    await asyncio.to_thread(work.join, 30)
+
+
+async def test_a_daemon_that_stands_still_is_not_waited_for_for_ever(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the deployment loads its package itself."""
+    monkeypatch.setattr(preload, "WAIT_SECONDS", 0.3)
+    arriving = arrival(rig)
+    marker = rig.host.settings.packages_dir / f"{arriving.deployment_id}.ahead"
+    with marker.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        arriving.wait()
+    marker.unlink()
+
+
+async def test_an_engine_that_breaks_off_after_the_end_may_have_kept_the_image(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is still known that one may be left."""
+    await abort_all(rig)
+    arriving = arrival(rig)
+    load = type(rig.host.engine).load_nameless
+
+    def break_off(engine: Engine, archive: Generator[bytes]) -> None:
+        load(engine, archive)
+        raise ConnectionError("for the test")
+
+    monkeypatch.setattr(Engine, "load_nameless", break_off)
+    await arriving.send(PIECES)
+    await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
+    await arriving.end()
+    assert (arriving.is_loaded, arriving.is_marked) == (True, True)
+    await rig.host.abort(arriving.deployment_id)
+    clear(rig)
     assert (arriving.is_loaded, arriving.is_marked) == (False, False)
 
 
@@ -219,8 +336,10 @@ def test_nothing_is_due_below_the_limit_nor_where_it_is_0(rig: Rig) -> None:
     assert not none.is_due("d", 10**12)
 
 
-async def test_the_receiver_feeds_its_engine_by_itself(rig: Rig) -> None:
+async def test_the_receiver_feeds_its_engine_by_itself(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the application: what the sender's requests bring is in the engine a moment after the last."""
+    monkeypatch.setattr(preload, "SPARED_SECONDS", 0.0)
+    await abort_all(rig)
     arriving = arrival(rig)
     settings = from_environment(
         {
@@ -240,7 +359,7 @@ async def test_the_receiver_feeds_its_engine_by_itself(rig: Rig) -> None:
     path = deploy_path(arriving.deployment_id, "package")
     told = announcement(arriving.package).model_dump_json().encode()
     assert (await caller.call("POST", path, told)).status_code == 200
-    await asyncio.to_thread(preload.wait_until_fed, rig.host.settings.packages_dir, arriving.deployment_id)
+    await asyncio.to_thread(arriving.wait)
     assert arriving.is_loaded
     await rig.host.abort(arriving.deployment_id)
     await app.state.service.sweep()
