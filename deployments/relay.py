@@ -26,6 +26,7 @@ from tasks.outbox import RelayReport, run_relay
 from tasks.outbox_producer import BrokerNotConfigured, require_broker
 
 log = logging.getLogger(__name__)
+_END_SECONDS = 2.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,6 +59,7 @@ async def main(arguments: Sequence[str]) -> int:
     try:
         report = await _relay(seconds, once=options.once)
     except asyncio.CancelledError:
+        await _let_end()
         log.info("relay: ended as asked; what is unsent waits for the next one")
         return 0
     except GantryError as exc:
@@ -70,6 +72,12 @@ async def main(arguments: Sequence[str]) -> int:
 async def _relay(seconds: float | None, *, once: bool) -> RelayReport:
     broker, records_url = await _configuration()
     return await run_relay(records_url, broker, seconds=seconds, until_empty=once)
+
+
+async def _let_end() -> None:
+    """SQLAlchemy gives a connection back in a task of its own, which the end of the loop would cut off."""
+    if others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others, timeout=_END_SECONDS)
 
 
 async def _configuration() -> tuple[EventBroker, str]:
