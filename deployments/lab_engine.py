@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from deployments.lab_cache import cache_folder
 from deployments.lab_processes import Service, wait_until
 from deployments.lab_teardown import Journal
 
@@ -53,8 +53,7 @@ MACHINE_ENGINE = EngineChoice()
 
 def newer_engine() -> Path:
     """Where deployments/lab_newer_engine.sh unpacks an engine; it may not be there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gantry" / "docker-trixie"
+    return cache_folder() / "docker-trixie"
 
 
 def containerd_command(folder: Path, disk: Path) -> list[str]:

@@ -8,7 +8,6 @@ The jars are fetched once and kept in `~/.cache/gantry`. Needs Java 17 or newer,
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import signal
@@ -23,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from deployments.lab_cache import cache_folder
 from deployments.lab_processes import LabNotReady
 
 KAFKA_VERSION = "4.3.1"
@@ -92,8 +92,7 @@ def _put(made: Path, folder: Path) -> None:
 
 
 def _jars_folder() -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gantry" / f"kafka-{KAFKA_VERSION}"
+    return cache_folder() / f"kafka-{KAFKA_VERSION}"
 
 
 def _free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
+from deployments.lab_cache import cache_folder
 from deployments.lab_http import Response
 from deployments.lab_processes import LabNotReady
 
@@ -69,7 +69,7 @@ def online_since(answer: Response, worker: str, since: datetime) -> bool:
 def place_database(python: str, home: Path, environment: Mapping[str, str]) -> None:
     """Put a migrated, empty database into `home`: migrations take about 6 s, a copy takes none."""
     home.mkdir(parents=True, exist_ok=True)
-    cached = _cache_folder() / f"prefect-{_prefect_version(python)}.db"
+    cached = cache_folder() / f"prefect-{_prefect_version(python)}.db"
     if not cached.exists():
         _fill_cache(python, cached, environment)
     shutil.copyfile(cached, home / "prefect.db")
@@ -84,10 +84,6 @@ def _fill_cache(python: str, cached: Path, environment: Mapping[str, str]) -> No
         if done.returncode != 0:
             raise LabNotReady("Prefect's database migrations failed", done.stderr)
         (Path(scratch) / "prefect.db").replace(cached)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gantry"
 
 
 def _prefect_version(python: str) -> str:

@@ -244,10 +244,9 @@ class Operations:
         self._check_ports(entry, current)
         self._entry_in(HostState.READY)
         container_id = self._create(entry, image, environment)
+        # Without it clients wait a little longer: no reason to fail.
         with contextlib.suppress(DockerException, requests.exceptions.RequestException):
-            neighbours.look_often(
-                self.engine.bridge(container_id)
-            )  # what it gains is no deployment's failure
+            neighbours.look_often(self.engine.bridge(container_id))
         identity = _identity(image, entry.request.image)
         self.ledger.move(self.deployment_id, HostState.PREPARED, container_id=container_id, **identity)
         self._gate("container_deployed", Stage.DEPLOY, passed=True, message=container_id[:12])

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -51,10 +51,9 @@ class Preloads:
         self._seen: set[str] = set()
         self._spared: dict[str, float] = {}
 
-    def spare(self, image: ImageAnnouncement | None) -> None:
+    def spare(self, image: ImageAnnouncement) -> None:
         """Let nothing of an image be removed for a while: a deployment is told now what of it is here."""
-        if image is not None:
-            self._spared.update(dict.fromkeys(image.layers, time.monotonic()))
+        self._spared.update(dict.fromkeys(image.layers, time.monotonic()))
 
     def is_due(self, deployment_id: str, held_bytes: int) -> bool:
         """True once for a package that is large enough, with 0 for none. Reads nothing."""
@@ -110,14 +109,15 @@ class Preloads:
 
     def left(self) -> dict[str, ImageAnnouncement | None]:
         """Deployments that may have left an image, and which; those that died with a daemon, too."""
-        self._seen.difference_update([seen for seen in list(self._seen) if self._is_past(seen)])
+        self._seen.difference_update([seen for seen in list(self._seen) if _is_past(self._entry(seen))])
         since = time.monotonic() - SPARED_SECONDS
         for layer in [layer for layer, at in list(self._spared.items()) if at <= since]:
             self._spared.pop(layer, None)
         found: dict[str, ImageAnnouncement | None] = {}
         for marker in self._folder.glob("*.ahead"):
-            if self._is_past(marker.stem) and not _is_locked(marker):
-                found[marker.stem] = self._image(marker.stem)
+            entry = self._entry(marker.stem)
+            if _is_past(entry) and not _is_locked(marker):
+                found[marker.stem] = entry.request.image if entry else None
         return found
 
     def clear(self, left: Mapping[str, ImageAnnouncement | None], engine: Engine) -> None:
@@ -143,16 +143,9 @@ class Preloads:
             spared |= set(entry.request.image.layers if entry.request.image else ())
         return not spared.isdisjoint(image.layers)
 
-    def _is_past(self, deployment_id: str) -> bool:
-        """True once it has named the image, or will not."""
-        try:
-            return self._ledger.get(deployment_id).state not in {HostState.RECEIVING, HostState.READY}
-        except DeploymentUnknown:
-            return True
-
-    def _image(self, deployment_id: str) -> ImageAnnouncement | None:
+    def _entry(self, deployment_id: str) -> Entry | None:
         with suppress(DeploymentUnknown):
-            return self._ledger.get(deployment_id).request.image
+            return self._ledger.get(deployment_id)
         return None
 
 
@@ -165,6 +158,11 @@ def wait_until_fed(folder: Path, entry: Entry) -> None:
     deadline = time.monotonic() + WAIT_SECONDS + size_bytes / _WAIT_BYTES_PER_SECOND
     while _is_locked(_marker(folder, entry.deployment_id)) and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
+
+
+def _is_past(entry: Entry | None) -> bool:
+    """True once a deployment has named the image, or will not."""
+    return entry is None or entry.state not in {HostState.RECEIVING, HostState.READY}
 
 
 def _has_room(image: ImageAnnouncement, engine: Engine) -> bool:
@@ -191,19 +189,10 @@ def _locked(marker: Path) -> int:
     return descriptor
 
 
-@contextmanager
-def _opened(marker: Path) -> Generator[int]:
-    descriptor = os.open(marker, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _is_locked(marker: Path) -> bool:
     try:
-        with _opened(marker) as descriptor:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        with marker.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:

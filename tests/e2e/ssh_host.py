@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.lab import Host, Lab
+from deployments.lab_cache import cache_folder
 from deployments.supervisor import Site, status, supervisor_pid
 from tasks import host_commands
 from tasks.wheelhouse import Platform, make
@@ -113,7 +114,7 @@ def ssh_host(lab: Lab) -> Iterator[SshHost]:
     host = SshHost(lab, lab.hosts["host-a"])
     for folder in (lab.state_dir, host.host.folder):
         folder.chmod(0o711)  # the services' user has to reach its folder and the engine's socket
-    shutil.copytree(make(_cache(), _platform()), lab.state_dir / "wheels")
+    shutil.copytree(make(cache_folder(), _platform()), lab.state_dir / "wheels")
     _start_server(host)
     try:
         yield host
@@ -133,10 +134,6 @@ def _start_server(host: SshHost) -> None:
     (host.folder / "sshd_config").write_text(config)
     server = host.host.spawn("sshd-provision", SSHD, "-D", "-e", "-f", str(host.folder / "sshd_config"))
     wait_for(lambda: "Server listening" in server.log_text(), "the SSH server", seconds=20)
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gantry"
 
 
 def _platform() -> Platform:
