@@ -32,11 +32,11 @@ def settings(api_url: str, home: Path) -> dict[str, str]:
 
 
 def server_settings() -> dict[str, str]:
-    """What only the server reads: logs for `--watch`; nothing lives long enough to be vacuumed or expire."""
-    return {
+    """What only the server reads: what we recommend; nothing lives long enough to be vacuumed or expire."""
+    lines = Path(__file__).with_name("prefect_server.env").read_text().splitlines()
+    recommended = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    return recommended | {
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-        "PREFECT_SERVER_LOGS_STREAM_OUT_ENABLED": "true",
-        "PREFECT_SERVER_LOGS_STREAM_PUBLISHING_ENABLED": "true",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",

@@ -115,12 +115,12 @@ async def _package(workflow: Workflow) -> ImageMetadata:
             image_id = await package.build_or_reuse(stage, asked)
             metadata = await stage.run(package.gather_metadata, image_id, reference)
             metadata = await package.identified(stage, metadata)
-            await package.check_image(stage, metadata, asked.build_options, health.architecture)
-            stage.artifacts |= await reporting.shown(
-                reporting.write_package_artifacts(workflow.workflow_id, metadata)
-            )
-            workflow.config_digest = package.announce_image(metadata).config_digest
-            stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
+        await package.check_image(stage, metadata, asked.build_options, health.architecture)
+        stage.artifacts |= await reporting.shown(
+            reporting.write_package_artifacts(workflow.workflow_id, metadata)
+        )
+        workflow.config_digest = package.announce_image(metadata).config_digest
+        stage.artifacts[CONFIG_DIGEST] = workflow.config_digest
     result = stage.result()
     await workflow.advance(
         WorkflowState.TRANSFERRING,

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 KEPT_PACKAGES = 5
-_LOCK_POLL_SECONDS = 0.2
+_LOCK_POLL_SECONDS = 0.05
 _ABANDONED_SECONDS = 3600
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import importlib
 import os
 import runpy
 import selectors
@@ -24,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tasks.warm_prepare import prepare, stamp
 from tasks.warm_start import OF_THE_RUN, address, is_own, receive, send
 
 IDLE_SECONDS = 1800.0
-_ALWAYS = ("prefect.engine", "prefect.flow_engine", "prefect.task_engine", "prefect._internal.metrics")
 _READ_SECONDS = 2.0
 _PR_SET_PDEATHSIG = 1
 
@@ -68,15 +67,7 @@ def watched_files() -> list[Path]:
 
 def stamps(paths: Iterable[Path]) -> dict[Path, tuple[int, int] | None]:
     """Time of the last change and size of each; None for what is not there."""
-    found: dict[Path, tuple[int, int] | None] = {}
-    for path in paths:
-        try:
-            told = path.stat()
-        except OSError:
-            found[path] = None
-        else:
-            found[path] = told.st_mtime_ns, told.st_size
-    return found
+    return {path: stamp(path) for path in paths}
 
 
 @dataclass
@@ -250,9 +241,8 @@ def main(arguments: Sequence[str]) -> None:
     if began is None:
         return
     process, listener = began
-    for module in (*_ALWAYS, *modules):
-        importlib.import_module(module)
     before = time.time_ns()
+    prepare(modules)
     known = stamps(watched_files())
     gc.collect()
     gc.freeze()  # copies share what is there now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from deployments.lab import Lab
@@ -14,9 +15,14 @@ _PORT = 5433
 
 @contextmanager
 def lab_on_postgresql(
-    hosts: Sequence[str], *, environment: Mapping[str, str], durable: bool = True, **options: Any
+    hosts: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    of_hosts: Mapping[str, str] = MappingProxyType({}),
+    durable: bool = True,
+    **options: Any,
 ) -> Iterator[Lab]:
-    """A lab with its control side and workers up; `options` are those of `Lab`."""
+    """A lab with its control side and workers up; `of_hosts` is set on hosts alone, `options` are `Lab`'s."""
     cluster = Cluster.make(_PORT, durable=durable)
     url = f"{cluster.url.replace('postgresql', 'postgresql+asyncpg', 1)}/postgres"
     whole = {**environment, "PREFECT_SERVER_DATABASE_CONNECTION_URL": url}
@@ -27,6 +33,7 @@ def lab_on_postgresql(
             lab.start_server()
             lab.start_control_worker()
             for host in lab.hosts.values():
+                host.environment |= of_hosts
                 host.start_worker()
             yield lab
             lab.control.services["server"].stop()

@@ -110,7 +110,7 @@ def open_site(lanes_per_host: int, hosts: Sequence[str] = HOSTS) -> Iterator[Sit
     folder = state_dir / "faults"
     # The limit over all deployments has tests of its own; here it would make lanes wait for each other.
     environment = {**holds.environment(folder), "MAX_CONCURRENT_DEPLOYMENTS": "100"}
-    options = {"state_dir": state_dir, "live_restore": True, "disk_bytes": DISK_BYTES}
+    options: dict[str, Any] = {"state_dir": state_dir, "live_restore": True, "disk_bytes": DISK_BYTES}
     # Prefect's server refuses writes on a busy SQLite, which would be a fault of its own in each cell.
     with lab_on_postgresql(hosts, environment=environment, durable=False, **options) as lab:
         furnish(lab)
