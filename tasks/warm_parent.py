@@ -249,7 +249,7 @@ def main(arguments: Sequence[str]) -> None:
     listener.listen()
     own = Parent(process, listener, lasting(os.environ), os.getcwd(), known)  # noqa: PTH109 - as the starter
     pid = os.getpid()
-    if any(stamp and stamp[0] > before for stamp in known.values()):
+    if any(told and told[0] > before for told in known.values()):
         return  # changed while it was imported
     asked = own.serve()
     if asked is not None:
