@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,11 +50,12 @@ def nodes_of(lab: Lab, run_id: str) -> dict[str, str]:
 
 def graph(lab: Lab, run_id: str, labels: set[str]) -> dict[str, str]:
     """The nodes, once they are just these: the server writes task runs once a second (prefect_server.env)."""
-    deadline = time.monotonic() + 10
-    while set(nodes := nodes_of(lab, run_id)) != labels and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert set(nodes) == labels
-    return nodes
+
+    def found() -> dict[str, str] | None:
+        nodes = nodes_of(lab, run_id)
+        return nodes if set(nodes) == labels else None
+
+    return wait_for(found, f"a graph of just {sorted(labels)}", seconds=10)
 
 
 def artifacts_of(lab: Lab, run_id: str) -> dict[str, dict[str, Any]]:

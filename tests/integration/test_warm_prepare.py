@@ -11,7 +11,7 @@ import certifi
 
 PROJECT = Path(__file__).parents[2]
 _BEFORE = """
-import shutil, sys, threading
+import sys, threading
 from pathlib import Path
 from tasks.warm_prepare import prepare
 authorities = Path(sys.argv[1])
