@@ -7,6 +7,7 @@ are dropped there. Must not import Prefect, nor know how a package is made.
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +20,11 @@ from blocks.receiver_client import (
     pause_seconds,
 )
 from receiver.contract import HostState, PackageAnnouncement
+
+# A chunk counts when it is there as a whole. So on a slow link they are smaller: people see how far it is, a
+# cut loses little, and the receiver hears of the upload before it takes its sender for dead.
+CHUNK_SECONDS = 2.0
+MIN_CHUNK_BYTES = 512 * 1024
 
 
 class Replaced(Exception):
@@ -49,6 +55,7 @@ class _Stream:
     deployment_id: str
     source: PackageSource
     progress: Progress | None
+    max_chunk_bytes: int
     chunk_bytes: int
     offset: int = 0
     proven: int = 0
@@ -70,7 +77,14 @@ class _Stream:
             self.is_taken = await self._announce()
             self.must_ask = not self.is_taken
             return
-        self._learn(await self.receiver.send_chunk(self.deployment_id, self.offset, chunk))
+        began = time.monotonic()
+        offset = await self.receiver.send_chunk(self.deployment_id, self.offset, chunk)
+        in_time = CHUNK_SECONDS / max(time.monotonic() - began, 0.001)
+        self._fit_chunks(len(chunk) * min(in_time, 2))
+        self._learn(offset)
+
+    def _fit_chunks(self, size_bytes: float) -> None:
+        self.chunk_bytes = min(max(int(size_bytes), MIN_CHUNK_BYTES), self.max_chunk_bytes)
 
     async def _announce(self) -> bool:
         """True when the host has verified the whole; raises what it refuses."""
@@ -122,6 +136,7 @@ class _Stream:
     def stumble(self) -> None:
         self.fruitless += 1
         self.must_ask = True
+        self._fit_chunks(self.chunk_bytes / 2)
 
     def begin_anew(self) -> None:
         self.proven, self.must_ask = 0, True
@@ -136,13 +151,13 @@ async def send(
     chunk_bytes: int = UPLOAD_CHUNK_BYTES,
     max_resumes: int = 8,
 ) -> int:
-    """Send the package until the host has verified it, one chunk in memory at a time.
+    """Send the package until the host has verified it, one chunk of at most `chunk_bytes` in memory.
 
     After a broken connection, a wrong offset or a busy host it asks what is held and goes on; it raises the
     last error after `max_resumes` tries in a row that brought nothing. `progress` gets (bytes that the host
     holds, bytes of the package or 0 while nobody knows). Gives the bytes that the host took in this call.
     """
-    stream = _Stream(receiver, deployment_id, source, progress, chunk_bytes)
+    stream = _Stream(receiver, deployment_id, source, progress, chunk_bytes, chunk_bytes)
     while not stream.is_taken:
         try:
             await stream.advance()

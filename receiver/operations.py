@@ -613,11 +613,11 @@ class Operations:
         is_awaited = announced and any(entry.request.image == announced for entry in waiting)
         if image_id and image_id != facts.previous_image_id and not is_awaited:
             self.engine.remove_our_image(image_id)
-        previous = facts.previous_container_id and self.engine.find_container(facts.previous_container_id)
-        if previous and facts.previous_image_id:
-            tag = previous.labels.get(contract.LABEL_IMAGE_TAG)
-            if tag:
-                self.engine.tag_image(facts.previous_image_id, name, tag)
+        previous = self.engine.find_container(facts.previous_container_id or name)
+        if previous is None or previous.labels.get(contract.LABEL_DEPLOYMENT) == self.deployment_id:
+            return
+        if tag := previous.labels.get(contract.LABEL_IMAGE_TAG):
+            self.engine.tag_image(str(previous.attrs["Image"]), name, tag)
 
     def _loaded_image_id(self, announced: ImageAnnouncement | None) -> str | None:
         """The image of a process that died after it was loaded, before that was written down."""

@@ -28,6 +28,7 @@ from pydantic import SecretStr
 
 from blocks import load_if_saved
 from blocks.hmac_secret import HmacSecret
+from blocks.receiver_client import ReceiverError
 from blocks.remote_host import RemoteHost
 from tasks import host_commands, host_facts, host_files, registration, ssh, wheelhouse
 from tasks.errors import GantryError, ParametersRefused, RetryPolicy
@@ -43,8 +44,10 @@ _DOWNLOAD = RetryPolicy(max_attempts=2, timeout_ms=900_000)
 _SEND = RetryPolicy(timeout_ms=3_600_000)
 _INSTALL = RetryPolicy(max_attempts=2, timeout_ms=1_200_000)
 _START = RetryPolicy(max_attempts=2, timeout_ms=900_000)
-_ANSWER = RetryPolicy(max_attempts=8, backoff_multiplier=1.5, initial_backoff_ms=500, timeout_ms=20_000)
+_AWAITED = RetryPolicy(max_attempts=1, timeout_ms=120_000)
+_RECEIVER_SECONDS = 30.0
 _WORKER_SECONDS = 90.0
+_PAUSE_SECONDS = 0.5
 
 
 class HostNotReady(GantryError):
@@ -282,9 +285,20 @@ async def start_services(plan: Plan, stamp: str) -> dict[str, int]:
     return host_commands.read_pids(said, has_systemd=has_systemd)
 
 
-@operation("check_receiver", policy=_ANSWER)
+@operation("check_receiver", policy=_AWAITED)
 async def check_receiver(host: RemoteHost) -> str:
-    """`/health` and one signed call; returns the receiver's version."""
+    """The receiver's version, once `/health` and a signed call succeed; raises why they do not in time."""
+    deadline = asyncio.get_running_loop().time() + _RECEIVER_SECONDS
+    while True:
+        try:
+            return await _ask_receiver(host)
+        except ReceiverError as exc:
+            if not exc.retryable or asyncio.get_running_loop().time() > deadline:
+                raise
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def _ask_receiver(host: RemoteHost) -> str:
     async with host.receiver() as receiver:
         health = await receiver.health()
         if not health.docker_connected:
@@ -311,14 +325,14 @@ async def forget_host(name: str, host: RemoteHost) -> list[str]:
     return await registration.forget_host(name, host.pool_under(name))
 
 
-@operation("await_worker", policy=RetryPolicy(max_attempts=1, timeout_ms=120_000))
+@operation("await_worker", policy=_AWAITED)
 async def await_worker(pool: str) -> None:
     """The host's worker is online; raises `HostNotReady` when it is not in time."""
     deadline = asyncio.get_running_loop().time() + _WORKER_SECONDS
     while not await registration.has_worker(pool):
         if asyncio.get_running_loop().time() > deadline:
             raise HostNotReady(f"no worker of pool {pool} came online in {_WORKER_SECONDS:.0f} s")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(_PAUSE_SECONDS)
 
 
 @operation("prune_releases", policy=_QUICK)

@@ -1,7 +1,7 @@
 """One package to several hosts at once, behind one link: until the last has verified all of it.
 
-The hosts are receivers with state folders of their own in one namespace; nothing is loaded, so that the
-link is what is measured.
+Exported meanwhile, or before, as it is for the hosts after a fleet's canary. The hosts are receivers with
+state folders of their own in one namespace; nothing is loaded, so that the link is what is measured.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from deployments.lab_processes import wait_until
 from tests.bench import images, ours
@@ -16,15 +17,28 @@ from tests.bench.links import sent_bytes
 from tests.bench.site import Site
 from tests.bench.ways import Sent
 
-HOSTS = (1, 2, 4, 8)
 WAY = "fan-out"
 _FIRST_PORT = 8101
 _READY_SECONDS = 60
 
 
-def case(hosts: int) -> str:
-    """Name of the case."""
-    return f"hosts-{hosts}"
+@dataclass(frozen=True)
+class Fan:
+    """So many hosts, and whether the package is there already."""
+
+    hosts: int
+    is_exported: bool = False
+
+    @property
+    def case(self) -> str:
+        """Name of the case."""
+        return f"hosts-{self.hosts}{'-exported' if self.is_exported else ''}"
+
+    def __str__(self) -> str:
+        return f"{self.hosts}{', exported before' if self.is_exported else ''}"
+
+
+FANS = (Fan(1), Fan(2), Fan(4), Fan(8), Fan(8, is_exported=True))
 
 
 @contextmanager
@@ -60,11 +74,13 @@ def _start(site: Site, port: int) -> None:
     )
 
 
-def measure(site: Site, number: int) -> tuple[Sent, int]:
-    """Send the large image to `number` fresh hosts at once; returns what it took, and bytes sent."""
+def measure(site: Site, fan: Fan) -> tuple[Sent, int]:
+    """Send the large image to fresh hosts at once; returns what it took, and bytes sent."""
     site.clean_host()
     ours.Ours().prepare(site)
-    with receivers(site, number) as ports:
+    if fan.is_exported:
+        ours.export(site, images.FIRST)
+    with receivers(site, fan.hosts) as ports:
         before = sent_bytes(site.host.link)
         told = ours.send_to(site, images.FIRST, ports)
         sent = sent_bytes(site.host.link) - before

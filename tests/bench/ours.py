@@ -5,6 +5,7 @@ The one place that knows how the product sends. Run on the sending side and on t
 python -m tests.bench.ours send <image reference> <port of a receiver> ... --address <host>
 python -m tests.bench.ours load <deployment id>
 python -m tests.bench.ours learn <image reference>
+python -m tests.bench.ours export <image reference>
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from blocks.remote_host import RemoteHost
     from receiver.contract import DeployAccepted
     from tasks.package import ImageMetadata
+    from tasks.shared_package import SharedPackage
     from tests.bench.site import Site
     from tests.bench.ways import Sent
 
@@ -77,7 +79,16 @@ def send_to(site: Site, reference: str, ports: Sequence[int]) -> dict[str, Any]:
 
 def learn(site: Site, reference: str) -> float:
     """What the flow `learn-layers` does after a deployment, beside everything; returns its seconds."""
-    command = [sys.executable, "-m", PROGRAM, "learn", reference]
+    return _on_sending_side(site, "learn", reference)
+
+
+def export(site: Site, reference: str) -> float:
+    """Make the package for hosts that have nothing, as an earlier deployment would; returns its seconds."""
+    return _on_sending_side(site, "export", reference)
+
+
+def _on_sending_side(site: Site, action: str, reference: str) -> float:
+    command = [sys.executable, "-m", PROGRAM, action, reference]
     home = {"GANTRY_HOME": str(_home(site))}
     return float(json.loads(site.control.run(*command, env=home, timeout=_LIMIT_SECONDS).stdout)["seconds"])
 
@@ -150,25 +161,41 @@ async def _announce(host: RemoteHost, metadata: ImageMetadata) -> DeployAccepted
         return await receiver.announce(request, secrets.token_hex(8))
 
 
-async def _upload(host: RemoteHost, accepted: DeployAccepted, metadata: ImageMetadata) -> int:
-    """Until the host has verified the whole package, of which the bytes are returned."""
+@contextmanager
+def _package_of(image_id: str, reference: str, omitted: Sequence[str] = ()) -> Iterator[SharedPackage]:
     from functools import partial
 
+    from tasks import exports, shared_package
+
+    key = shared_package.PackageKey(image_id, reference, tuple(sorted(omitted)))
+    with shared_package.opened(
+        key, partial(exports.open_export, image_id, reference, frozenset(omitted))
+    ) as shared:
+        yield shared
+
+
+async def _upload(host: RemoteHost, accepted: DeployAccepted, metadata: ImageMetadata) -> int:
+    """Until the host has verified the whole package, of which the bytes are returned."""
     from blocks import package_stream
     from receiver.contract import HostState
-    from tasks import exports, shared_package
-    from tasks.shared_package import PackageKey
 
-    omitted = frozenset(accepted.known_layers)
-    key = PackageKey(metadata.image_id, metadata.reference, tuple(sorted(omitted)))
-    export = partial(exports.open_export, metadata.image_id, metadata.reference, omitted)
     async with host.receiver() as receiver:
-        with shared_package.opened(key, export) as shared:
+        with _package_of(metadata.image_id, metadata.reference, accepted.known_layers) as shared:
             await package_stream.send(receiver, accepted.deployment_id, shared)
             package = await shared.finished()
         status = await receiver.status(accepted.deployment_id)
     assert status.state is HostState.READY, status
     return package.size_bytes
+
+
+async def _export(reference: str) -> dict[str, Any]:
+    from tasks import builder
+
+    image_id = str(builder.connect().images.get(reference).id)
+    began = time.monotonic()
+    with _package_of(image_id, reference) as shared:
+        await shared.finished()
+    return {"seconds": time.monotonic() - began}
 
 
 # -- the program on the host ---------------------------------------------------------------------
@@ -209,12 +236,15 @@ def main(arguments: Sequence[str]) -> int:
     send.add_argument("--address", required=True)
     actions.add_parser("load").add_argument("deployment_id")
     actions.add_parser("learn").add_argument("reference")
+    actions.add_parser("export").add_argument("reference")
     asked = parser.parse_args(arguments)
     match asked.action:
         case "send":
             said = asyncio.run(_send(asked.reference, asked.address, asked.ports))
         case "load":
             said = asyncio.run(_load(asked.deployment_id))
+        case "export":
+            said = asyncio.run(_export(asked.reference))
         case _:
             said = asyncio.run(_learn(asked.reference))
     sys.stdout.write(json.dumps(said) + "\n")

@@ -64,7 +64,7 @@ def _missing(plan: Plan, trials: Trials) -> bool:
         for number in _numbers(plan)
     ]
     if _fans_out(plan):
-        cases = [fan_out.case(hosts) for hosts in fan_out.HOSTS]
+        cases = [fan.case for fan in fan_out.FANS]
         wanted += [(FAN_OUT_LINK, fan_out.WAY, cases, number) for number in _numbers(plan)]
     return not all(trials.has(*each) for each in wanted)
 
@@ -110,10 +110,10 @@ class _Measuring:
         self.site.clean_host()
 
     def _fan_out(self, number: int) -> None:
-        for hosts in fan_out.HOSTS:
-            if not self.trials.has(FAN_OUT_LINK, fan_out.WAY, [fan_out.case(hosts)], number):
-                sent, wire_bytes = fan_out.measure(self.site, hosts)
-                self._keep(FAN_OUT_LINK, fan_out.WAY, fan_out.case(hosts), number, sent, wire_bytes)
+        for fan in fan_out.FANS:
+            if not self.trials.has(FAN_OUT_LINK, fan_out.WAY, [fan.case], number):
+                sent, wire_bytes = fan_out.measure(self.site, fan)
+                self._keep(FAN_OUT_LINK, fan_out.WAY, fan.case, number, sent, wire_bytes)
 
     def _keep(self, link: str, way: str, case: str, number: int, sent: Sent, wire_bytes: int) -> None:
         parts = {name: round(seconds, 3) for name, seconds in sent.parts.items()}

@@ -681,6 +681,20 @@ async def test_after_a_restore_names_point_to_what_serves(rig: Rig, name: str) -
         rig.docker.images.get(f"{name}:{failed}")
 
 
+@pytest.mark.parametrize("last", ["deploy_container", "start_container"])
+async def test_a_tag_that_a_failed_image_took_names_what_serves(rig: Rig, name: str, last: str) -> None:
+    """Also when it failed before the old container was stopped."""
+    tag = f"v-{uuid4().hex[:10]}"
+    serving = (await rig.deploy(name, tag)).entry
+    other = serving.request.model_copy(update={"image": rig.image(f"v-{uuid4().hex[:10]}")})
+    entry, _ = rig.host.ledger.create(other, S.READY)
+    await take_up_to(rig.host.operations(entry.deployment_id), last)
+    assert rig.docker.images.get(f"{name}:{tag}").id != serving.facts.image_id
+    await rig.host.restore(entry.deployment_id)
+    assert rig.docker.images.get(f"{name}:{tag}").id == serving.facts.image_id
+    assert rig.docker.containers.get(name).attrs["Image"] == serving.facts.image_id
+
+
 @pytest.mark.parametrize(("keep_versions", "left"), [(0, ["v3"]), (1, ["v3"]), (3, ["v1", "v2", "v3"])])
 async def test_as_many_versions_are_kept_as_asked_for(
     rig: Rig, name: str, keep_versions: int, left: list[str]

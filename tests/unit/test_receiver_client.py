@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import pickle
 import socket
 import subprocess
@@ -99,6 +100,7 @@ class Host:
     bodies: list[bytes] = field(default_factory=list)
     chunk_sizes: list[int] = field(default_factory=list)
     chunk_answer: Response | None = None
+    bytes_per_second: float = math.inf
     next_answers: list[Response] = field(default_factory=list)
     always: Response | None = None
 
@@ -134,6 +136,7 @@ class Host:
         self.bodies.append(body)
         if refusal := self.authenticate(request, target, body):
             return refusal
+        await asyncio.sleep(len(body) / self.bytes_per_second)
         if self.next_answers:
             return self.next_answers.pop(0)
         return self.always or self.answer(request.method, request.url.path, body)
@@ -422,6 +425,32 @@ async def test_the_default_chunk_is_eight_mebibytes(client: ReceiverClient, host
     assert host.chunk_sizes == [UPLOAD_CHUNK_BYTES, UPLOAD_CHUNK_BYTES, 4 * 1024 * 1024]
 
 
+async def test_on_a_slow_way_chunks_are_smaller(
+    client: ReceiverClient, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one takes four times as long as it may; those after it fit, and the package is whole."""
+    monkeypatch.setattr(package_stream, "MIN_CHUNK_BYTES", 1024)
+    monkeypatch.setattr(package_stream, "CHUNK_SECONDS", 0.05)
+    host.bytes_per_second = CHUNK_BYTES / 0.2
+    await upload(client)
+    first, *others = host.chunk_sizes
+    assert first == CHUNK_BYTES
+    assert max(others) <= CHUNK_BYTES // 4
+    assert bytes(host.package) == PACKAGE
+
+
+async def test_a_way_that_breaks_in_every_chunk_gets_smaller_ones(
+    port: int, host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections that never bring more than one and a half chunks bring a package all the same."""
+    monkeypatch.setattr(package_stream, "MIN_CHUNK_BYTES", 1024)
+    network = BadNetwork(port, cut_after_bytes=[CHUNK_BYTES * 3 // 2] * 100)
+    async with network.proxy() as proxy_port, ReceiverClient(config_for(proxy_port)) as client:
+        await upload(client, chunk_bytes=8 * CHUNK_BYTES, max_resumes=4)
+    assert network.cuts > 4
+    assert bytes(host.package) == PACKAGE
+
+
 async def test_an_upload_goes_on_from_the_hosts_offset(client: ReceiverClient, host: Host) -> None:
     """Bytes that the host holds do not travel again."""
     host.package += PACKAGE[:100_000]
@@ -634,7 +663,7 @@ async def test_a_success_outside_the_contract_is_an_error(
 async def test_a_proxy_of_the_environment_is_not_used(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests go to the host itself."""
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
-    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("NO_PROXY")
     async with ReceiverClient(config_for(port)) as client:
         assert (await client.health()).status == "healthy"
 
