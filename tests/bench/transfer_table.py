@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from tests.bench import fan_out
@@ -58,11 +59,16 @@ def _seconds(trials: Sequence[Trial], link: str) -> Iterator[str]:
     ways = _measured(trials, link)
     if not ways:
         return
-    rounds = max(each.number for each in trials if each.link == link)
-    yield from _head(f"{NAMES[link]}, median of {rounds}", list(_HEADS.values()))
+    yield from _head(f"{NAMES[link]}, median of {_rounds(trials, link)}", list(_HEADS.values()))
     for way in ways:
         cells = [_with_ratio(trials, link, way, case) for case in CASES]
         yield f"| {_TITLES[way]} | {' | '.join(cells)} |"
+
+
+def _rounds(trials: Sequence[Trial], link: str) -> int:
+    """Those that were measured of every way and case: a run may have been ended within a round."""
+    counted = Counter((each.way, each.case) for each in trials if each.link == link and each.way in _TITLES)
+    return min(counted.values())
 
 
 def _measured(trials: Sequence[Trial], link: str) -> list[str]:

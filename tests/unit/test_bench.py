@@ -99,6 +99,14 @@ def test_the_table_compares_each_way_with_ours() -> None:
     assert "hosts behind" not in table
 
 
+def test_a_round_that_was_ended_within_is_no_round_of_the_table() -> None:
+    """One way has three trials, the other has two; those of many hosts are counted by nobody."""
+    others = [replace(TRIAL, way="gzip", number=number) for number in (1, 2, 3)]
+    fan = replace(TRIAL, way=fan_out.WAY, case=fan_out.Fan(8).case)
+    table = transfer_table.table([TRIAL, replace(TRIAL, number=2), *others, fan])
+    assert "| 1 Gbit/s, median of 2 |" in table
+
+
 def test_the_table_says_how_far_many_hosts_are_from_what_the_link_needs() -> None:
     """8 packages of 125 MB need 8 seconds at 1 Gbit/s; memory where it was told."""
     fan = replace(
