@@ -10,11 +10,11 @@ import json
 import os
 import secrets
 import tarfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect import Flow
 from prefect.artifacts import (
@@ -37,6 +37,8 @@ from tasks.policies import operation
 from tasks.provisioning import ProvisionParameters
 from tasks.ssh import SshSession
 from tasks.store import home
+
+AnswerT = TypeVar("AnswerT")
 
 KEY_BYTES = 32
 _QUICK = RetryPolicy(timeout_ms=60_000)
@@ -288,14 +290,7 @@ async def start_services(plan: Plan, stamp: str) -> dict[str, int]:
 @operation("check_receiver", policy=_AWAITED)
 async def check_receiver(host: RemoteHost) -> str:
     """The receiver's version, once `/health` and a signed call succeed; raises why they do not in time."""
-    deadline = asyncio.get_running_loop().time() + _RECEIVER_SECONDS
-    while True:
-        try:
-            return await _ask_receiver(host)
-        except ReceiverError as exc:
-            if not exc.retryable or asyncio.get_running_loop().time() > deadline:
-                raise
-        await asyncio.sleep(_PAUSE_SECONDS)
+    return await _patiently(lambda: _ask_receiver(host), _RECEIVER_SECONDS)
 
 
 async def _ask_receiver(host: RemoteHost) -> str:
@@ -328,10 +323,23 @@ async def forget_host(name: str, host: RemoteHost) -> list[str]:
 @operation("await_worker", policy=_AWAITED)
 async def await_worker(pool: str) -> None:
     """The host's worker is online; raises `HostNotReady` when it is not in time."""
-    deadline = asyncio.get_running_loop().time() + _WORKER_SECONDS
-    while not await registration.has_worker(pool):
-        if asyncio.get_running_loop().time() > deadline:
-            raise HostNotReady(f"no worker of pool {pool} came online in {_WORKER_SECONDS:.0f} s")
+    await _patiently(lambda: _ask_for_worker(pool), _WORKER_SECONDS)
+
+
+async def _ask_for_worker(pool: str) -> None:
+    if not await registration.has_worker(pool):
+        raise HostNotReady(f"no worker of pool {pool} came online in {_WORKER_SECONDS:.0f} s", retryable=True)
+
+
+async def _patiently(ask: Callable[[], Awaitable[AnswerT]], seconds: float) -> AnswerT:
+    """What `ask` gives, asked again for so long while it fails in a way that may pass."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            return await ask()
+        except (HostNotReady, ReceiverError) as exc:
+            if not exc.retryable or asyncio.get_running_loop().time() > deadline:
+                raise
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
