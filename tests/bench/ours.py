@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,17 +161,15 @@ async def _announce(host: RemoteHost, metadata: ImageMetadata) -> DeployAccepted
         return await receiver.announce(request, secrets.token_hex(8))
 
 
-@contextmanager
-def _package_of(image_id: str, reference: str, omitted: Sequence[str] = ()) -> Iterator[SharedPackage]:
+def _package_of(
+    image_id: str, reference: str, omitted: Sequence[str] = ()
+) -> AbstractContextManager[SharedPackage]:
     from functools import partial
 
     from tasks import exports, shared_package
 
     key = shared_package.PackageKey(image_id, reference, tuple(sorted(omitted)))
-    with shared_package.opened(
-        key, partial(exports.open_export, image_id, reference, frozenset(omitted))
-    ) as shared:
-        yield shared
+    return shared_package.opened(key, partial(exports.open_export, image_id, reference, frozenset(omitted)))
 
 
 async def _upload(host: RemoteHost, accepted: DeployAccepted, metadata: ImageMetadata) -> int:

@@ -134,6 +134,12 @@ def prefect_api(lab: Lab, method: str, path: str, body: Mapping[str, Any] | None
     return answer.json()
 
 
+def task_runs_of(lab: Lab, *run_ids: str) -> list[dict[str, Any]]:
+    """The task runs of these flow runs."""
+    found = prefect_api(lab, "POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": run_ids}}})
+    return list(found)
+
+
 def start_run(lab: Lab, deployment: str, parameters: Mapping[str, Any]) -> str:
     """Start `<flow>/<name>`; returns the flow run's id."""
     known = prefect_api(lab, "GET", f"/deployments/name/{deployment}")

@@ -17,6 +17,7 @@ from tests.e2e.deploying import (
     query,
     start_run,
     states_of,
+    task_runs_of,
     wait_for,
 )
 from tests.e2e.deploying import outcome as outcome_of
@@ -108,8 +109,7 @@ def test_flow_runs_carry_the_workflow_s_id_and_task_runs_no_tag(service: Service
     tagged = {"flow_runs": {"tags": {"all_": [f"workflow:{broken.run_id}"]}}}
     runs = prefect_api(service.lab, "POST", "/flow_runs/filter", tagged)
     assert len(runs) == 2  # on the host, and the rollback
-    ids = [broken.run_id, *(run["id"] for run in runs)]
-    tasks = prefect_api(service.lab, "POST", "/task_runs/filter", {"flow_runs": {"id": {"any_": ids}}})
+    tasks = task_runs_of(service.lab, broken.run_id, *(run["id"] for run in runs))
     own = [task for task in tasks if not task["state"]["state_details"]["child_flow_run_id"]]
     assert own  # the others stand for flow runs in the graph, and ask for nothing
     assert [task["name"] for task in own if task["tags"]] == []
