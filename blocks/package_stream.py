@@ -25,6 +25,9 @@ from receiver.contract import HostState, PackageAnnouncement
 # cut loses little, and the receiver hears of the upload before it takes its sender for dead.
 CHUNK_SECONDS = 2.0
 MIN_CHUNK_BYTES = 512 * 1024
+# Below this a link is worth being kept busy: while the host writes one chunk the next is on its way, and each
+# is half as large. A host that gets the next one too early refuses it, and it is sent again.
+SLOW_BYTES_PER_SECOND = 25_000_000
 
 
 class Replaced(Exception):
@@ -48,6 +51,25 @@ class PackageSource(Protocol):
 
 
 @dataclass
+class _Chunk:
+    """One chunk on its way, from when the one before has left this host."""
+
+    offset: int
+    size_bytes: int
+    has_left: asyncio.Event
+    answer: asyncio.Task[_Answer | None]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """The host's new offset after a chunk of that many bytes, and how long it took."""
+
+    offset: int
+    size_bytes: int
+    seconds: float
+
+
+@dataclass
 class _Stream:
     """One package on its way: how far it is, and how many tries in a row brought nothing."""
 
@@ -62,6 +84,8 @@ class _Stream:
     farthest: int = 0
     taken_bytes: int = 0
     fruitless: int = 0
+    is_slow: bool = False
+    next_chunk: _Chunk | None = None
     must_ask: bool = True
     has_begun: bool = False
     is_announced: bool = False
@@ -72,19 +96,54 @@ class _Stream:
         if self.must_ask:
             await self._take_bearings()
             return
-        chunk = await self.source.read(self.offset, self.chunk_bytes)
-        if not chunk:
+        chunk, self.next_chunk = self.next_chunk or self._send(self.offset), None
+        if self.is_slow:
+            self.next_chunk = self._send(chunk.offset + chunk.size_bytes, after=chunk.has_left)
+        answer = await chunk.answer
+        if answer is None:
+            await self.drop_next()
             self.is_taken = await self._announce()
             self.must_ask = not self.is_taken
             return
+        if answer.offset != chunk.offset + chunk.size_bytes:
+            await self.drop_next()
+        self._measure(answer)
+        self._learn(answer.offset)
+
+    def _send(self, offset: int, after: asyncio.Event | None = None) -> _Chunk:
+        has_left, size_bytes = asyncio.Event(), self.chunk_bytes
+        return _Chunk(
+            offset, size_bytes, has_left, asyncio.create_task(self._sent(offset, size_bytes, has_left, after))
+        )
+
+    async def _sent(
+        self, offset: int, size_bytes: int, has_left: asyncio.Event, after: asyncio.Event | None
+    ) -> _Answer | None:
+        """The host's answer; None where the package has no bytes there."""
+        if after is not None:
+            await after.wait()
+        bytes_there = await self.source.read(offset, size_bytes)
+        if not bytes_there:
+            return None
         began = time.monotonic()
-        offset = await self.receiver.send_chunk(self.deployment_id, self.offset, chunk)
-        in_time = CHUNK_SECONDS / max(time.monotonic() - began, 0.001)
-        self._fit_chunks(len(chunk) * min(in_time, 2))
-        self._learn(offset)
+        new_offset = await self.receiver.send_chunk(self.deployment_id, offset, bytes_there, has_left.set)
+        return _Answer(new_offset, len(bytes_there), time.monotonic() - began)
+
+    async def drop_next(self) -> None:
+        """The chunk that is sent ahead is not wanted any more."""
+        chunk, self.next_chunk = self.next_chunk, None
+        if chunk is not None:
+            chunk.answer.cancel()
+            await asyncio.gather(chunk.answer, return_exceptions=True)
+
+    def _measure(self, answer: _Answer) -> None:
+        seconds = max(answer.seconds, 0.001)
+        self.is_slow = answer.size_bytes / seconds < SLOW_BYTES_PER_SECOND
+        self._fit_chunks(answer.size_bytes * min(CHUNK_SECONDS / seconds, 2))
 
     def _fit_chunks(self, size_bytes: float) -> None:
-        self.chunk_bytes = min(max(int(size_bytes), MIN_CHUNK_BYTES), self.max_chunk_bytes)
+        max_bytes = self.max_chunk_bytes // 2 if self.is_slow else self.max_chunk_bytes
+        self.chunk_bytes = min(max(int(size_bytes), MIN_CHUNK_BYTES), max_bytes)
 
     async def _announce(self) -> bool:
         """True when the host has verified the whole; raises what it refuses."""
@@ -151,21 +210,26 @@ async def send(
     chunk_bytes: int = UPLOAD_CHUNK_BYTES,
     max_resumes: int = 8,
 ) -> int:
-    """Send the package until the host has verified it, one chunk of at most `chunk_bytes` in memory.
+    """Send the package until the host has verified it, at most `chunk_bytes` of it in memory.
 
     After a broken connection, a wrong offset or a busy host it asks what is held and goes on; it raises the
     last error after `max_resumes` tries in a row that brought nothing. `progress` gets (bytes that the host
     holds, bytes of the package or 0 while nobody knows). Gives the bytes that the host took in this call.
     """
     stream = _Stream(receiver, deployment_id, source, progress, chunk_bytes, chunk_bytes)
-    while not stream.is_taken:
-        try:
-            await stream.advance()
-        except Replaced:
-            stream.begin_anew()
-        except ReceiverError as exc:
-            if not (exc.retryable or isinstance(exc, OffsetRefused)) or stream.fruitless >= max_resumes:
-                raise
-            stream.stumble()
-            await asyncio.sleep(pause_seconds(stream.fruitless, receiver.config.first_pause_seconds, exc))
+    try:
+        while not stream.is_taken:
+            try:
+                await stream.advance()
+            except Replaced:
+                await stream.drop_next()
+                stream.begin_anew()
+            except ReceiverError as exc:
+                if not (exc.retryable or isinstance(exc, OffsetRefused)) or stream.fruitless >= max_resumes:
+                    raise
+                await stream.drop_next()
+                stream.stumble()
+                await asyncio.sleep(pause_seconds(stream.fruitless, receiver.config.first_pause_seconds, exc))
+    finally:
+        await stream.drop_next()
     return stream.taken_bytes

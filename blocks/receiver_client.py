@@ -227,15 +227,27 @@ class ReceiverClient:
         path = contract.deploy_path(deployment_id, "package")
         await self._succeed(self._http.build_request("DELETE", path))
 
-    async def send_chunk(self, deployment_id: str, offset: int, chunk: bytes) -> int:
-        """Send the bytes at `offset`; give the host's new offset. Raises `OffsetRefused` for a wrong one."""
+    async def send_chunk(
+        self, deployment_id: str, offset: int, chunk: bytes, has_left: Callable[[], None] = lambda: None
+    ) -> int:
+        """Send the bytes at `offset`; give the host's new offset. Raises `OffsetRefused` for a wrong one.
+
+        `has_left` is called when all of them are written to the connection.
+        """
+
+        async def follow(event: str, _told: Mapping[str, Any]) -> None:
+            if event.endswith(".send_request_body.complete"):
+                has_left()
+
         path = contract.deploy_path(deployment_id, "package")
         headers = {
             contract.UPLOAD_OFFSET_HEADER: str(offset),
             "Content-Type": "application/offset+octet-stream",
         }
         response = await self._succeed(
-            self._http.build_request("PATCH", path, content=chunk, headers=headers)
+            self._http.build_request(
+                "PATCH", path, content=chunk, headers=headers, extensions={"trace": follow}
+            )
         )
         new_offset = _read_offset(response)
         if not offset < new_offset <= offset + len(chunk):

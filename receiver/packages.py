@@ -35,6 +35,8 @@ _READ_BYTES = 1024 * 1024
 _ENDED_WITHOUT_PACKAGE = frozenset({HostState.ABORTED, HostState.REJECTED})
 
 Bytes = bytes | bytearray
+TURN_SECONDS = 10.0
+"""How long a chunk waits while the one before it is written."""
 
 
 class OffsetRefused(Refusal):
@@ -56,7 +58,7 @@ class UploadBusy(OffsetRefused):
     """Another chunk of this package is being written"""
 
     slug = "upload-busy"
-    next_step = "Send one chunk at a time; ask for the offset by HEAD, then go on."
+    next_step = "Send one chunk after another; ask for the offset by HEAD, then go on."
 
 
 class BeingCollected(Refusal):
@@ -130,7 +132,7 @@ class Packages:
         self._incoming = Incoming(settings.incoming_dir)
         self._max_bytes = settings.max_package_bytes
         self._ledger = ledger
-        self._guard = threading.Lock()
+        self._turn = threading.Condition()
         self._writing: set[str] = set()
         self._hashers: dict[str, _Hashed] = {}
 
@@ -353,7 +355,7 @@ class Packages:
         return package.size_bytes
 
     def _append(self, deployment_id: str, offset: int, chunk: Bytes) -> int:
-        with self._only_writer(deployment_id):
+        with self._only_writer(deployment_id, offset):
             entry, end = self._ledger.get(deployment_id), offset + len(chunk)
             held = held_bytes(entry)
             if entry.state is not HostState.RECEIVING:
@@ -371,17 +373,26 @@ class Packages:
             return end
 
     @contextmanager
-    def _only_writer(self, deployment_id: str) -> Iterator[None]:
-        """One writer per deployment; one daemon per state folder is `__main__`'s care."""
-        with self._guard:
+    def _only_writer(self, deployment_id: str, offset: int = 0) -> Iterator[None]:
+        """One writer per deployment; one daemon per state folder is `__main__`'s care.
+
+        A chunk further on may be the next one, sent while this one is written: it waits for its turn.
+        """
+        with self._turn:
+            is_ahead = deployment_id in self._writing and offset > self._held_bytes(deployment_id)
+            self._turn.wait_for(lambda: deployment_id not in self._writing, TURN_SECONDS if is_ahead else 0)
             if deployment_id in self._writing:
-                raise UploadBusy(self._ledger.get(deployment_id).upload_offset)
+                raise UploadBusy(self._held_bytes(deployment_id))
             self._writing.add(deployment_id)
         try:
             yield
         finally:
-            with self._guard:
+            with self._turn:
                 self._writing.discard(deployment_id)
+                self._turn.notify_all()
+
+    def _held_bytes(self, deployment_id: str) -> int:
+        return self._ledger.get(deployment_id).upload_offset
 
     @contextmanager
     def _opened(self, entry: Entry) -> Iterator[int]:

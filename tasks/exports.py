@@ -12,16 +12,19 @@ import logging
 import sqlite3
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import IO, BinaryIO, Literal, cast
 
+import docker
 from docker.errors import DockerException, ImageNotFound
 from requests.exceptions import RequestException
 from urllib3.exceptions import HTTPError
 
 from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, rebuilt
 from tasks import builder
+from tasks.early_export import early_image
 from tasks.errors import TransferFailed
 from tasks.push_export import layer_index, push_export
 from tasks.push_plan import PushUnsuitable
@@ -89,10 +92,47 @@ def _begun(blocks: Generator[bytes]) -> Generator[bytes]:
 
 
 def save_export(image_id: str, reference: str, omitted: frozenset[str]) -> Generator[bytes]:
-    """By the engine's `save`, which reads the whole image. Raises `ExportFailed`."""
+    """By the engine's `save`, which reads the whole image. Raises `ExportFailed`.
+
+    Of a whole image the lowest layers come first, while the engine gathers the others.
+    """
     with _saved(image_id, reference) as saved:
-        known = _KnownLayers(saved.layers, omitted, _known_digests(omitted))
-        yield from rebuilt(saved.blocks, _checks(saved.layers, omitted), known.is_one)
+        sent = frozenset[str]() if omitted else (yield from _early_layers(image_id, saved.layers))
+        there = omitted | sent
+        known = _KnownLayers(saved.layers, there, _known_digests(there))
+        yield from rebuilt(saved.blocks, _checks(saved.layers, there), known.is_one)
+
+
+def _early_layers(image_id: str, layers: Sequence[str]) -> Generator[bytes, None, frozenset[str]]:
+    """Files of the lowest layers, named as in the archive of the whole image; returns which those are."""
+    sent = set[str]()
+    with closing(builder.connect()) as client, early_image(client, image_id) as early:
+        if early is None:
+            return frozenset()
+        known, names = _KnownLayers(early.layers), _legacy_files(layers)
+        documents: dict[str, bytes] = {}
+        with closing(_get_image(client, early.image_id)) as blocks:
+            archive = tarfile.open(fileobj=cast("BinaryIO", _Blocks(blocks)), mode="r|", bufsize=BLOCK_BYTES)  # noqa: SIM115
+            for member in archive:
+                if member.isreg() and member.name.endswith("/json"):
+                    documents[member.name] = cast("IO[bytes]", archive.extractfile(member)).read()
+                layer = known.layer_of(member, documents)
+                if layer not in early.layers or layers.count(layer) > 1:
+                    continue
+                is_legacy = member.name.endswith(_LEGACY_LAYER)
+                yield from _layer_file(archive, member, names[layer] if is_legacy else member.name)
+                sent.add(layer)
+    return frozenset(sent)
+
+
+def _layer_file(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Iterator[bytes]:
+    file = tarfile.TarInfo(name)
+    file.size = member.size
+    yield file.tobuf(tarfile.GNU_FORMAT)
+    stream = cast("IO[bytes]", archive.extractfile(member))
+    while block := stream.read(BLOCK_BYTES):
+        yield block
+    yield bytes(-file.size % tarfile.BLOCKSIZE)
 
 
 def read_config_digest(image_id: str, reference: str) -> str:
@@ -141,9 +181,31 @@ def _saved(image_id: str, reference: str) -> Iterator[_Saved]:
     with _export_errors(image_id), closing(builder.connect()) as client:
         image = client.images.get(image_id)
         name = reference if reference in image.tags else image_id
-        with closing(cast("Generator[bytes]", client.api.get_image(name, BLOCK_BYTES))) as blocks:
-            layers = list(image.attrs["RootFS"].get("Layers") or ())
-            yield _Saved(str(client.info()["ID"]), _Blocks(blocks), layers)
+        layers = list(image.attrs["RootFS"].get("Layers") or ())
+        engine_id = str(client.info()["ID"])
+        with _begun_apart(lambda: _get_image(client, name)) as blocks:
+            yield _Saved(engine_id, _Blocks(blocks), layers)
+
+
+def _get_image(client: docker.DockerClient, name: str) -> Generator[bytes]:
+    """Returns when the engine gives the first byte."""
+    return cast("Generator[bytes]", client.api.get_image(name, BLOCK_BYTES))
+
+
+@contextmanager
+def _begun_apart(export: Callable[[], Generator[bytes]]) -> Iterator[Iterator[bytes]]:
+    """The blocks of an export that begins at once, in a thread; who asks for the first one waits for it."""
+
+    def blocks() -> Iterator[bytes]:
+        yield from begun.result()
+
+    with ThreadPoolExecutor(1, "export") as thread:
+        begun = thread.submit(export)
+        try:
+            yield blocks()
+        finally:
+            with suppress(Exception):
+                begun.result().close()
 
 
 def _checks(layers: list[str], omitted: frozenset[str]) -> Callable[[ArchivedImage], None]:
@@ -168,21 +230,29 @@ class _Blocks:
 
 
 class _KnownLayers:
-    """Which members of an engine's export hold the layers that are left out."""
+    """Which members of an engine's export hold which layers, and which of them are left out."""
 
-    def __init__(self, layers: Sequence[str], omitted: frozenset[str], digests: frozenset[str]) -> None:
-        self._layers, self._omitted = layers, omitted
-        self._blobs = omitted | digests
+    def __init__(
+        self,
+        layers: Sequence[str],
+        omitted: frozenset[str] = frozenset(),
+        digests: frozenset[str] = frozenset(),
+    ) -> None:
+        self._layers, self._omitted = layers, omitted | digests
         self._folders = legacy_folders(layers[:-1])
 
     def is_one(self, member: tarfile.TarInfo, documents: Mapping[str, bytes]) -> bool:
         """True for a layer in `omitted`; one that is not recognised is sent."""
+        return self.layer_of(member, documents) in self._omitted
+
+    def layer_of(self, member: tarfile.TarInfo, documents: Mapping[str, bytes]) -> str | None:
+        """Its diff id, or the digest of a file that may be a layer; None when it is neither."""
         name = member.name
         if name.startswith(_BLOBS):
-            return _blob_digest(name) in self._blobs
+            return _blob_digest(name)
         if not name.endswith(_LEGACY_LAYER):
-            return False
-        return self._layer_in(name.removesuffix(_LEGACY_LAYER), documents) in self._omitted
+            return None
+        return self._layer_in(name.removesuffix(_LEGACY_LAYER), documents)
 
     def _layer_in(self, folder: str, documents: Mapping[str, bytes]) -> str | None:
         """By the folder's name; the top layer's depends on the whole image, and is known by its parent."""
@@ -191,6 +261,11 @@ class _KnownLayers:
         parent = json.loads(documents.get(f"{folder}/json", b"{}")).get("parent")
         below = list(self._folders)[-1] if self._folders else None
         return self._layers[-1] if parent == below else None
+
+
+def _legacy_files(layers: Sequence[str]) -> dict[str, str]:
+    """Names of the files of layers that are not an image's last, by diff id."""
+    return {layer: f"{folder}{_LEGACY_LAYER}" for folder, layer in legacy_folders(layers[:-1]).items()}
 
 
 def legacy_folders(layers: Sequence[str]) -> dict[str, str]:
@@ -220,5 +295,5 @@ def _export_errors(image_id: str) -> Iterator[None]:
         raise ExportFailed(
             f"image {image_id} is not in the engine any more", next_step="Deploy again: it is built anew."
         ) from exc
-    except (ArchiveDamaged, DockerException, RequestException, HTTPError, OSError) as exc:
+    except (ArchiveDamaged, tarfile.TarError, DockerException, RequestException, HTTPError, OSError) as exc:
         raise ExportFailed(f"the image could not be exported: {exc}") from exc

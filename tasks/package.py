@@ -26,6 +26,7 @@ from tasks.policies import operation
 from tasks.stage import StageRun
 
 _GRACE_SECONDS = 5  # the task's own timeout is to speak first
+_NEVER = "0001-01-01T00:00:00Z"  # what engines up to 24 say of an image that tells no time
 IDENTITY_POLICY = RetryPolicy(max_attempts=2, timeout_ms=600_000)
 
 
@@ -155,7 +156,7 @@ def _inspect(image_id: str, reference: str) -> ImageMetadata:
         config_digest=None if has_containerd_store(client.info()) else attributes["Id"],
         reference=reference,
         image_size_bytes=attributes["Size"],
-        creation_time=attributes["Created"],
+        creation_time=attributes.get("Created") or _NEVER,
         layers_count=len(layers),
         layers=layers,
         architecture=attributes["Architecture"],

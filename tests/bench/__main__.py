@@ -8,6 +8,7 @@ python -m tests.bench readme
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -104,6 +105,7 @@ def run(names: Sequence[str], options: argparse.Namespace) -> int:
 
 
 def _run_until_interrupted(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # disks and networks are given back
     try:
         return run(options.names or list(MEASUREMENTS), options)
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from deployments.lab import Control, Host, Lab
 from deployments.lab_network import LAB_NETWORK
 from deployments.lab_processes import wait_until
 from tests.bench import images
+from tests.bench.disk import fresh_disk
 from tests.e2e.ssh import PORT, SshServer, ssh_server
 
 HOST = "host-a"
@@ -86,7 +87,11 @@ class Site:
 @contextmanager
 def site(image_bytes: int) -> Iterator[Site]:
     """A lab of two sides with the images built; everything is taken away at the end."""
-    with Lab((HOST,), prefect=False) as lab, ssh_server(lab, lab.hosts[HOST]) as ssh:
+    with (
+        fresh_disk() as disk,
+        Lab((HOST,), prefect=False, state_dir=disk / "lab") as lab,
+        ssh_server(lab, lab.hosts[HOST]) as ssh,
+    ):
         _trust_registries(lab.control)
         folder = lab.state_dir / "contexts"
         folder.mkdir()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -187,6 +189,34 @@ async def test_a_second_writer_is_told_to_wait_its_turn(
     monkeypatch.setattr(packages, "_write", write_and_try_again)
     assert (await caller.patch(deployment_id, 0, CHUNKS[0])).status_code == 204
     assert isinstance(inner[0], packages.OffsetRefused)  # told as 409 with Upload-Offset
+
+
+@pytest.mark.parametrize(("turn_seconds", "status"), [(20.0, 204), (0.05, 409)])
+async def test_the_next_chunk_waits_while_the_one_before_is_written(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch, turn_seconds: float, status: int
+) -> None:
+    """A sender may send it ahead; it is not kept waiting for ever, and loses nothing by being refused."""
+    deployment_id = await caller.announce_upload(PACKAGE)
+    is_writing, may_end = threading.Event(), threading.Event()
+    write = packages._write
+
+    def write_slowly(descriptor: int, offset: int, chunk: bytes) -> None:
+        is_writing.set()
+        may_end.wait(20)
+        write(descriptor, offset, chunk)
+
+    monkeypatch.setattr(packages, "_write", write_slowly)
+    monkeypatch.setattr(packages, "TURN_SECONDS", turn_seconds)
+    first = asyncio.create_task(caller.patch(deployment_id, 0, CHUNKS[0]))
+    await asyncio.to_thread(is_writing.wait, 20)
+    following = asyncio.create_task(caller.patch(deployment_id, CHUNK_BYTES, CHUNKS[1]))
+    await asyncio.wait([following], timeout=0.2)
+    assert following.done() is (status == 409)
+    may_end.set()
+    assert [(await first).status_code, (await following).status_code] == [204, status]
+    offset = CHUNK_BYTES * (2 if status == 204 else 1)
+    await caller.patch(deployment_id, offset, PACKAGE[offset:])
+    assert (await caller.status(deployment_id)).state is HostState.READY
 
 
 async def test_an_offset_that_is_no_number_is_malformed(caller: Caller) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import hashlib
+import json
 import os
 import shutil
 import subprocess
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import docker
 import pytest
@@ -25,7 +27,8 @@ from deployments.lab import Lab, missing_requirement
 from receiver.archive import ArchivedImage, checked_package
 from receiver.contract import LABEL_CONTAINER, PackageFormat, QualityGate, Stage
 from receiver.engine import Engine, PackageRefused
-from tasks import builder, exports, package, shared_package, store
+from tasks import builder, early_export, exports, package, shared_package, store
+from tasks.docker_archive import docker_archive
 from tasks.errors import BuildFailed, StageTimeout
 from tasks.exports import ExportFailed
 from tasks.package import ImageMetadata, ImageRefused
@@ -145,6 +148,27 @@ def files_of(engine: docker.DockerClient, image_id: str, folder: Path) -> set[st
         container.remove()
     with tarfile.open(folder / "root.tar") as archive:
         return set(archive.getnames())
+
+
+def random_layer(folder: Path, name: str, size_bytes: int) -> tuple[str, Path]:
+    """A layer of one file that does not compress: its diff id, and where it lies."""
+    (folder / name).write_bytes(os.urandom(size_bytes))
+    with tarfile.open(folder / f"{name}.tar", "w") as archive:
+        archive.add(folder / name, name)
+    digest = hashlib.sha256((folder / f"{name}.tar").read_bytes()).hexdigest()
+    return f"sha256:{digest}", folder / f"{name}.tar"
+
+
+def load_image(
+    engine: docker.DockerClient, reference: str, files: dict[str, Path], layers: Sequence[str]
+) -> str:
+    """Load an image of these layers (diff ids, lowest first), whose files are given; returns its id."""
+    steps = [{"created_by": layer} for layer in layers]
+    config = {"architecture": "amd64", "os": "linux", "config": {}, "history": steps}
+    config["created"] = "2026-01-01T00:00:00Z"
+    config["rootfs"] = {"type": "layers", "diff_ids": [*layers]}
+    engine.images.load(b"".join(docker_archive(reference, json.dumps(config).encode(), layers, files)))
+    return str(engine.images.get(reference).id)
 
 
 # -- build -----------------------------------------------------------------------------------------
@@ -290,6 +314,53 @@ def test_layers_that_the_engine_has_are_left_out_and_the_image_is_the_same(
     assert host.find_image(announced) is None
     assert host.load_image(made[0].path, announced, made[0].announcement()).image_id == image_id
     host.close()
+
+
+def test_the_lowest_layers_come_first_and_the_image_is_the_same(
+    control: Path, lab: Lab, engine: docker.DockerClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exported early, each once, also when two layers are the same; the engine keeps nothing of it."""
+    monkeypatch.setattr(early_export, "MIN_IMAGE_BYTES", 1)
+    sizes = {"first": 300_000, "second": 3_000_000, "third": 3_000_000, "fourth": 3_000_000}
+    layers = [random_layer(tmp_path, name, size_bytes) for name, size_bytes in sizes.items()]
+    layers.insert(3, layers[1])  # it is among the lowest layers and above them
+    image_id = load_image(engine, "web:v1", dict(layers), [diff_id for diff_id, _ in layers])
+    metadata = package._inspect(image_id, "web:v1")
+    made = asyncio.run(packaged(image_id, format=PackageFormat.TAR))
+    with tarfile.open(made.path) as archive:
+        digests = [
+            hashlib.sha256(cast("IO[bytes]", archive.extractfile(member)).read()).hexdigest()
+            for member in archive
+            if member.isreg() and member.name.endswith("/layer.tar")
+        ]
+    assert f"sha256:{digests[0]}" == metadata.layers[0]
+    assert len(digests) == len(set(digests)) == 4
+    assert engine.images.list(all=True, filters={"label": early_export.LABEL}) == []
+    engine.images.remove("web:v1", force=True)
+    engine.images.prune()
+    host = Engine(lab.environment["DOCKER_HOST"])
+    assert (
+        host.load_image(made.path, package.announce_image(metadata), made.announcement()).image_id == image_id
+    )
+    host.close()
+
+
+def test_what_a_killed_early_export_left_is_removed_by_a_later_one(
+    context: Path, control: Path, engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is so old that no export can use it any more."""
+    monkeypatch.setattr(early_export, "MIN_IMAGE_BYTES", 1)
+    monkeypatch.setattr(early_export, "_MOST_SHARE", 1)
+    image_id, _ = build(context)
+    with monkeypatch.context() as killed:
+        killed.setattr(early_export, "_remove", lambda _client, _image_id: None)
+        asyncio.run(packaged(image_id))
+    (left,) = engine.images.list(all=True, filters={"label": early_export.LABEL})
+    asyncio.run(packaged(image_id, format=PackageFormat.GZIP))
+    assert engine.images.list(all=True, filters={"label": early_export.LABEL}) == [left]
+    monkeypatch.setattr(early_export, "_FORGOTTEN", timedelta(0))
+    asyncio.run(packaged(image_id, format=PackageFormat.TAR))
+    assert engine.images.list(all=True, filters={"label": early_export.LABEL}) == []
 
 
 def test_only_the_newest_packages_are_kept(context: Path, control: Path) -> None:

@@ -103,6 +103,9 @@ class Host:
     bytes_per_second: float = math.inf
     next_answers: list[Response] = field(default_factory=list)
     always: Response | None = None
+    waiting: int = 0
+    most_waiting: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def nonces(self) -> list[str]:
@@ -136,10 +139,14 @@ class Host:
         self.bodies.append(body)
         if refusal := self.authenticate(request, target, body):
             return refusal
-        await asyncio.sleep(len(body) / self.bytes_per_second)
-        if self.next_answers:
-            return self.next_answers.pop(0)
-        return self.always or self.answer(request.method, request.url.path, body)
+        self.waiting += self.turn.locked()
+        self.most_waiting = max(self.waiting, self.most_waiting)
+        async with self.turn:
+            self.waiting = 0
+            await asyncio.sleep(len(body) / self.bytes_per_second)
+            if self.next_answers:
+                return self.next_answers.pop(0)
+            return self.always or self.answer(request, body)
 
     def authenticate(self, request: Request, target: str, body: bytes) -> Response | None:
         """What the receiver does with a v2 signature, nonces included."""
@@ -160,8 +167,9 @@ class Host:
             return problem(401, str(exc))
         return None
 
-    def answer(self, method: str, path: str, body: bytes) -> Response:
+    def answer(self, request: Request, body: bytes) -> Response:
         """The receiver's answers, without its work."""
+        method, path = request.method, request.url.path
         if method == "HEAD":
             held = {
                 contract.UPLOAD_OFFSET_HEADER: str(len(self.package)),
@@ -169,7 +177,7 @@ class Host:
             }
             return Response(status_code=200, headers=held)
         if method == "PATCH":
-            return self.chunk_answer or self.take_chunk(int(self.headers[-1]["upload-offset"]), body)
+            return self.chunk_answer or self.take_chunk(int(request.headers["upload-offset"]), body)
         if path in {contract.DEPLOY_PATH, PACKAGE_PATH}:
             return json_answer(self.accepted(), 201)
         action = path.rsplit("/", 1)[-1]
@@ -436,6 +444,42 @@ async def test_on_a_slow_way_chunks_are_smaller(
     first, *others = host.chunk_sizes
     assert first == CHUNK_BYTES
     assert max(others) <= CHUNK_BYTES // 4
+    assert bytes(host.package) == PACKAGE
+
+
+async def test_on_a_slow_way_the_next_chunk_leaves_while_the_host_is_busy(
+    client: ReceiverClient, host: Host
+) -> None:
+    """It is there when the host is done with the one before; none is refused, none is sent twice."""
+    host.bytes_per_second = CHUNK_BYTES / 0.05
+    taken_bytes = await upload(client)
+    assert host.most_waiting == 1
+    assert bytes(host.package) == PACKAGE
+    assert taken_bytes == sum(host.chunk_sizes) == len(PACKAGE)
+    assert [method for method, _ in host.requests].count("PATCH") == len(host.chunk_sizes)
+    assert max(host.chunk_sizes[2:]) <= CHUNK_BYTES // 2
+
+
+async def test_on_a_quick_way_chunks_go_one_by_one(client: ReceiverClient, host: Host) -> None:
+    """Each is as large as it may be."""
+    await package_stream.send(client, DEPLOYMENT, Sent(), chunk_bytes=len(PACKAGE) // 2)
+    assert host.most_waiting == 0
+
+
+async def test_what_was_sent_ahead_is_dropped_with_the_chunk_before_it(
+    client: ReceiverClient, host: Host
+) -> None:
+    """A chunk that fails while the next one waits: the upload goes on from what the host holds."""
+    host.bytes_per_second = CHUNK_BYTES / 0.05
+
+    failures = [problem(503)]
+
+    def fail_once(_done: int, _whole: int) -> None:
+        if len(host.chunk_sizes) == 4:
+            host.next_answers, failures[:] = failures[:], []
+
+    await upload(client, progress=fail_once)
+    assert failures == []
     assert bytes(host.package) == PACKAGE
 
 
