@@ -53,17 +53,17 @@ def full() -> list[Cell]:
 
 _REPRESENTATIVE = {
     "kill_flow": (
-        *("after record PACKAGING", "mid upload_package", "before record DEPLOYING"),
-        *("before start_container", "before record COMPLETED", "after record ROLLING_BACK"),
+        *("after record PACKAGING", "before start_container"),
+        *("before record COMPLETED", "after record ROLLING_BACK"),
     ),
-    "cancel": ("before validate_image", "mid upload_package", "after engine start"),
+    "cancel": ("mid upload_package", "after engine start"),
     "broker_gone": (THROUGHOUT,),
     "same_millisecond": (points.BEFORE_LOCK,),
     "kill_host_worker": (
-        *("before deploy_container", "after engine stop", "before engine start", "before journal kept"),
-        "after proxy set_route",
+        *("after engine stop", "before engine start"),
+        *("before journal kept", "after proxy set_route"),
     ),
-    "kill_receiver": ("mid upload_package", "before stop_existing_container", "before proxy set_route"),
+    "kill_receiver": ("before stop_existing_container", "before proxy set_route"),
     "kill_engine": ("before engine create_container", "after engine stop"),
     "reboot": (
         *("before journal prepared", "after engine stop", "after journal validating"),
