@@ -58,6 +58,9 @@ def _run(found: ReceiverSettings) -> None:
 def _server_config(found: ReceiverSettings) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(found),
+        # The same whatever else is installed: a control host has uvloop and httptools, most hosts have not.
+        loop="asyncio",
+        http="h11",
         access_log=False,
         log_config=None,
         # A forwarded address is the caller's word; the allow-list goes by the connection itself.
