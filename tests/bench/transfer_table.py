@@ -132,9 +132,9 @@ def _hosts(trials: Sequence[Trial]) -> Iterator[str]:
     yield ""
     yield (
         "The least is what the link needs for so many packages. The export is part of the seconds unless it "
-        "was done before, as for all hosts after a canary; the engine gives all but the lowest layers when it "
-        "has written the whole image to its own disk. Memory: the most at any time, of the sending program and "
-        "of one receiver."
+        "was done before, as for all hosts after a canary; the engine gives all but the lowest layers when "
+        "it has written the whole image to its own disk. Memory: the most at any time, of the sending "
+        "program and of one receiver."
     )
 
 
