@@ -11,8 +11,9 @@ import json
 import logging
 import sqlite3
 import tarfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, BinaryIO, Literal, cast
@@ -195,17 +196,24 @@ def _get_image(client: docker.DockerClient, name: str) -> Generator[bytes]:
 @contextmanager
 def _begun_apart(export: Callable[[], Generator[bytes]]) -> Iterator[Iterator[bytes]]:
     """The blocks of an export that begins at once, in a thread; who asks for the first one waits for it."""
+    begun = Future[Generator[bytes]]()
+
+    def begin() -> None:
+        try:
+            begun.set_result(export())
+        except BaseException as exc:  # noqa: BLE001 - told to whoever reads
+            begun.set_exception(exc)
 
     def blocks() -> Iterator[bytes]:
         yield from begun.result()
 
-    with ThreadPoolExecutor(1, "export") as thread:
-        begun = thread.submit(export)
-        try:
-            yield blocks()
-        finally:
-            with suppress(Exception):
-                begun.result().close()
+    # A daemon: an engine that does not answer must not keep a process that was told to end.
+    threading.Thread(target=begin, name="save", daemon=True).start()
+    try:
+        yield blocks()
+    finally:
+        with suppress(Exception):
+            begun.result().close()
 
 
 def _checks(layers: list[str], omitted: frozenset[str]) -> Callable[[ArchivedImage], None]:

@@ -79,10 +79,10 @@ def _uploads(module: ModuleType) -> None:
     client = module.ReceiverClient
     send_chunk = client.send_chunk
 
-    async def told(self: Any, deployment_id: str, offset: int, chunk: bytes) -> Any:
+    async def told(self: Any, deployment_id: str, offset: int, *rest: Any) -> Any:
         if offset > 0:
             arrive("mid upload_package", _of_flow)
-        return await send_chunk(self, deployment_id, offset, chunk)
+        return await send_chunk(self, deployment_id, offset, *rest)
 
     client.send_chunk = told
 
