@@ -127,6 +127,7 @@ class _Stream:
             return None
         began = time.monotonic()
         new_offset = await self.receiver.send_chunk(self.deployment_id, offset, bytes_there, has_left.set)
+        has_left.set()  # not every transport tells it; of a chunk that failed the next one is dropped
         return _Answer(new_offset, len(bytes_there), time.monotonic() - began)
 
     async def drop_next(self) -> None:

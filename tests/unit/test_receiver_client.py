@@ -308,6 +308,12 @@ def config_for(
     )
 
 
+@pytest.fixture(autouse=True)
+def quick_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy this machine is: chunks go one by one, unless a test says otherwise."""
+    monkeypatch.setattr(package_stream, "SLOW_BYTES_PER_SECOND", 0)
+
+
 @pytest.fixture
 def host() -> Host:
     return Host()
@@ -448,9 +454,10 @@ async def test_on_a_slow_way_chunks_are_smaller(
 
 
 async def test_on_a_slow_way_the_next_chunk_leaves_while_the_host_is_busy(
-    client: ReceiverClient, host: Host
+    client: ReceiverClient, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is there when the host is done with the one before; none is refused, none is sent twice."""
+    monkeypatch.setattr(package_stream, "SLOW_BYTES_PER_SECOND", 25_000_000)
     host.bytes_per_second = CHUNK_BYTES / 0.05
     taken_bytes = await upload(client)
     assert host.most_waiting == 1
@@ -467,9 +474,10 @@ async def test_on_a_quick_way_chunks_go_one_by_one(client: ReceiverClient, host:
 
 
 async def test_what_was_sent_ahead_is_dropped_with_the_chunk_before_it(
-    client: ReceiverClient, host: Host
+    client: ReceiverClient, host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A chunk that fails while the next one waits: the upload goes on from what the host holds."""
+    monkeypatch.setattr(package_stream, "SLOW_BYTES_PER_SECOND", 25_000_000)
     host.bytes_per_second = CHUNK_BYTES / 0.05
 
     failures = [problem(503)]
