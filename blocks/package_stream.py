@@ -26,7 +26,7 @@ from receiver.contract import HostState, PackageAnnouncement
 CHUNK_SECONDS = 2.0
 MIN_CHUNK_BYTES = 512 * 1024
 # Below this a link is worth being kept busy: while the host writes one chunk the next is on its way, and each
-# is half as large. A host that gets the next one too early refuses it, and it is sent again.
+# is half as large. The host lets it wait for its turn; one that it refuses is sent again.
 SLOW_BYTES_PER_SECOND = 25_000_000
 
 

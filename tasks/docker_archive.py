@@ -13,15 +13,17 @@ _COPY_BYTES = 1024 * 1024
 
 
 def docker_archive(
-    reference: str, config: bytes, layers: Sequence[str], files: Mapping[str, Path]
+    reference: str | None, config: bytes, layers: Sequence[str], files: Mapping[str, Path]
 ) -> Iterator[bytes]:
     """The archive's bytes: its manifest names all `layers` (diff ids), it holds those that `files` has.
 
-    The image's id on a classic engine is the digest of `config`. Raises OSError.
+    The image's id on a classic engine is the digest of `config`; without a `reference` it gets no name.
+    Raises OSError.
     """
     config_name = f"{hashlib.sha256(config).hexdigest()}.json"
     names = [layer_name(diff_id) for diff_id in layers]
-    manifest = json.dumps([{"Config": config_name, "RepoTags": [reference], "Layers": names}]).encode()
+    tags = [reference] if reference else None
+    manifest = json.dumps([{"Config": config_name, "RepoTags": tags, "Layers": names}]).encode()
     yield from _member("manifest.json", manifest)
     yield from _member(config_name, config)
     for diff_id in dict.fromkeys(layers):  # a layer may be there twice

@@ -8,11 +8,9 @@ export; it takes no room, as the engine has its layers.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import os
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +21,8 @@ import docker
 from docker.errors import DockerException, ImageNotFound
 from requests.exceptions import RequestException
 
-from receiver.archive import MANIFEST
 from receiver.engine_store import has_containerd_store
+from tasks.docker_archive import docker_archive
 from tasks.push_engine import inspect_image, is_local
 from tasks.push_plan import PushUnsuitable
 
@@ -84,9 +82,10 @@ def _made(client: docker.DockerClient, image_id: str) -> EarlyImage | None:
     if not count:
         return None
     _remove_forgotten(client)
-    config = json.dumps(_config(client.images.get(image_id).attrs, told.layers[:count])).encode()
-    client.images.load(_archive(config, count))
-    return EarlyImage(f"sha256:{hashlib.sha256(config).hexdigest()}", told.layers[:count])
+    layers = told.layers[:count]
+    config = json.dumps(_config(client.images.get(image_id).attrs, layers)).encode()
+    client.images.load(b"".join(docker_archive(None, config, layers, {})))  # the engine has its layers
+    return EarlyImage(f"sha256:{hashlib.sha256(config).hexdigest()}", layers)
 
 
 def _config(attrs: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
@@ -97,19 +96,6 @@ def _config(attrs: Mapping[str, Any], layers: Sequence[str]) -> dict[str, Any]:
         "config": {"Labels": {LABEL: attrs["Id"]}},
         "rootfs": {"type": "layers", "diff_ids": layers},
     }
-
-
-def _archive(config: bytes, layers_count: int) -> bytes:
-    """A docker-archive without a layer: the engine has them all."""
-    files = [f"{place}/layer.tar" for place in range(layers_count)]
-    manifest = json.dumps([{"Config": "config.json", "RepoTags": None, "Layers": files}]).encode()
-    written = io.BytesIO()
-    with tarfile.open(fileobj=written, mode="w") as archive:
-        for name, content in (("config.json", config), (MANIFEST, manifest)):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return written.getvalue()
 
 
 def _remove(client: docker.DockerClient, image_id: str) -> None:
