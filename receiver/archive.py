@@ -13,7 +13,7 @@ import json
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +138,7 @@ def rebuilt(
                 continue
             yield member.tobuf(tarfile.GNU_FORMAT)
             yield from _content(archive, member, contents, documents)
-        while stream.read(BLOCK_BYTES):  # to the end, where compression keeps its checksum
+        for _ in blocks_of(stream):  # to the end, where compression keeps its checksum
             pass
     check(image_in(contents))
     yield bytes(2 * tarfile.BLOCKSIZE)
@@ -184,17 +184,28 @@ def _nameless_member(
     else:
         images = [{**image, "annotations": None} for image in told["manifests"]]
         document = json.dumps({**told, "manifests": images}).encode()
-    fresh = tarfile.TarInfo(member.name)
-    fresh.size = len(document)
-    yield fresh.tobuf(tarfile.GNU_FORMAT)
-    yield document
-    yield bytes(-fresh.size % tarfile.BLOCKSIZE)
+    yield from file_member(member.name, len(document), [document])
+
+
+def file_member(name: str, size_bytes: int, blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """A file of an archive, filled up to whole records; `blocks` are its `size_bytes` bytes."""
+    header = tarfile.TarInfo(name)
+    header.size = size_bytes
+    yield header.tobuf(tarfile.GNU_FORMAT)
+    yield from blocks
+    yield bytes(-size_bytes % tarfile.BLOCKSIZE)
+
+
+def blocks_of(file: Readable) -> Iterator[bytes]:
+    """What is left of a file."""
+    while block := file.read(BLOCK_BYTES):
+        yield block
 
 
 def _blocks(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:
     stream = archive.extractfile(member)
-    while stream is not None and (block := stream.read(BLOCK_BYTES)):
-        yield block
+    if stream is not None:
+        yield from blocks_of(stream)
 
 
 class PackageReader:

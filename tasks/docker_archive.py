@@ -8,8 +8,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-_RECORD_BYTES = 512
-_COPY_BYTES = 1024 * 1024
+from receiver.archive import MANIFEST, blocks_of, file_member
 
 
 def docker_archive(
@@ -24,12 +23,12 @@ def docker_archive(
     names = [layer_name(diff_id) for diff_id in layers]
     tags = [reference] if reference else None
     manifest = json.dumps([{"Config": config_name, "RepoTags": tags, "Layers": names}]).encode()
-    yield from _member("manifest.json", manifest)
-    yield from _member(config_name, config)
+    yield from file_member(MANIFEST, len(manifest), [manifest])
+    yield from file_member(config_name, len(config), [config])
     for diff_id in dict.fromkeys(layers):  # a layer may be there twice
         if diff_id in files:
             yield from _file(layer_name(diff_id), files[diff_id])
-    yield bytes(2 * _RECORD_BYTES)
+    yield bytes(2 * tarfile.BLOCKSIZE)
 
 
 def layer_name(diff_id: str) -> str:
@@ -37,24 +36,7 @@ def layer_name(diff_id: str) -> str:
     return f"{diff_id.removeprefix('sha256:')}/layer.tar"
 
 
-def _member(name: str, content: bytes) -> Iterator[bytes]:
-    yield _header(name, len(content)) + content + _padding(len(content))
-
-
 def _file(name: str, path: Path) -> Iterator[bytes]:
     size_bytes = path.stat().st_size
-    yield _header(name, size_bytes)
-    with path.open("rb") as stream:
-        while block := stream.read(_COPY_BYTES):
-            yield block
-    yield _padding(size_bytes)
-
-
-def _header(name: str, size_bytes: int) -> bytes:
-    member = tarfile.TarInfo(name)
-    member.size = size_bytes
-    return member.tobuf(tarfile.GNU_FORMAT)
-
-
-def _padding(size_bytes: int) -> bytes:
-    return bytes(-size_bytes % _RECORD_BYTES)
+    with path.open("rb") as file:
+        yield from file_member(name, size_bytes, blocks_of(file))

@@ -23,7 +23,7 @@ from docker.errors import DockerException, ImageNotFound
 from requests.exceptions import RequestException
 from urllib3.exceptions import HTTPError
 
-from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, rebuilt
+from receiver.archive import BLOCK_BYTES, ArchiveDamaged, ArchivedImage, blocks_of, file_member, rebuilt
 from tasks import builder
 from tasks.early_export import early_image
 from tasks.errors import TransferFailed
@@ -121,19 +121,10 @@ def _early_layers(image_id: str, layers: Sequence[str]) -> Generator[bytes, None
                 if layer not in early.layers or layers.count(layer) > 1:
                     continue
                 is_legacy = member.name.endswith(_LEGACY_LAYER)
-                yield from _layer_file(archive, member, names[layer] if is_legacy else member.name)
+                file = blocks_of(cast("IO[bytes]", archive.extractfile(member)))
+                yield from file_member(names[layer] if is_legacy else member.name, member.size, file)
                 sent.add(layer)
     return frozenset(sent)
-
-
-def _layer_file(archive: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> Iterator[bytes]:
-    file = tarfile.TarInfo(name)
-    file.size = member.size
-    yield file.tobuf(tarfile.GNU_FORMAT)
-    stream = cast("IO[bytes]", archive.extractfile(member))
-    while block := stream.read(BLOCK_BYTES):
-        yield block
-    yield bytes(-file.size % tarfile.BLOCKSIZE)
 
 
 def read_config_digest(image_id: str, reference: str) -> str:
