@@ -37,6 +37,8 @@ _ENDED_WITHOUT_PACKAGE = frozenset({HostState.ABORTED, HostState.REJECTED})
 Bytes = bytes | bytearray
 TURN_SECONDS = 10.0
 """How long a chunk waits while the one before it is written."""
+ARRIVAL_SECONDS = 0.5
+"""How long it waits for that one to be taken: a short one may be here sooner than the one before."""
 
 
 class OffsetRefused(Refusal):
@@ -376,20 +378,26 @@ class Packages:
     def _only_writer(self, deployment_id: str, offset: int = 0) -> Iterator[None]:
         """One writer per deployment; one daemon per state folder is `__main__`'s care.
 
-        A chunk further on may be the next one, sent while this one is written: it waits for its turn.
+        A chunk further on may be the next one, sent before this one is written: it waits for its turn.
         """
         with self._turn:
-            is_ahead = deployment_id in self._writing and offset > self._held_bytes(deployment_id)
-            self._turn.wait_for(lambda: deployment_id not in self._writing, TURN_SECONDS if is_ahead else 0)
+            if offset > self._held_bytes(deployment_id):
+                self._turn.wait_for(lambda: self._has_begun(deployment_id, offset), ARRIVAL_SECONDS)
+                self._turn.wait_for(lambda: deployment_id not in self._writing, TURN_SECONDS)
             if deployment_id in self._writing:
                 raise UploadBusy(self._held_bytes(deployment_id))
             self._writing.add(deployment_id)
+            self._turn.notify_all()
         try:
             yield
         finally:
             with self._turn:
                 self._writing.discard(deployment_id)
                 self._turn.notify_all()
+
+    def _has_begun(self, deployment_id: str, offset: int) -> bool:
+        """Whether the bytes before `offset` are written, or are being written."""
+        return deployment_id in self._writing or offset <= self._held_bytes(deployment_id)
 
     def _held_bytes(self, deployment_id: str) -> int:
         return self._ledger.get(deployment_id).upload_offset

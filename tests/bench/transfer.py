@@ -84,14 +84,17 @@ class _Measuring:
     site: Site
 
     def all(self) -> None:
-        """Link by link, round by round, way by way."""
+        """Link by link, round by round, way by way: there and back."""
         for link in self.plan.links:
             with shaped(self.site.host.link, LINKS[link]):
                 for number in _numbers(self.plan):
                     self._round(link, number)
 
     def _round(self, link: str, number: int) -> None:
-        for name in self.plan.ways:
+        forth = list(self.plan.ways)
+        for name in (
+            forth if number % 2 else reversed(forth)
+        ):  # what one leaves behind meets not always the same
             if name != fan_out.WAY and not self.trials.has(link, name, WAYS[name].cases, number):
                 self._way(link, name, number)
         if _fans_out(self.plan) and link == FAN_OUT_LINK:

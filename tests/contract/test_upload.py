@@ -219,6 +219,20 @@ async def test_the_next_chunk_waits_while_the_one_before_is_written(
     assert (await caller.status(deployment_id)).state is HostState.READY
 
 
+@pytest.mark.parametrize(("arrival_seconds", "status"), [(20.0, 204), (0.05, 409)])
+async def test_a_chunk_that_is_here_before_the_one_before_it_waits_for_that(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch, arrival_seconds: float, status: int
+) -> None:
+    """A short one may overtake a long one; not for ever, as the host may have lost bytes."""
+    deployment_id = await caller.announce_upload(PACKAGE)
+    monkeypatch.setattr(packages, "ARRIVAL_SECONDS", arrival_seconds)
+    following = asyncio.create_task(caller.patch(deployment_id, CHUNK_BYTES, CHUNKS[1]))
+    await asyncio.wait([following], timeout=0.3)
+    assert following.done() is (status == 409)
+    first = await caller.patch(deployment_id, 0, CHUNKS[0])
+    assert [first.status_code, (await following).status_code] == [204, status]
+
+
 async def test_an_offset_that_is_no_number_is_malformed(caller: Caller) -> None:
     """The header is needed and counts bytes."""
     deployment_id = await caller.announce_upload(PACKAGE)
