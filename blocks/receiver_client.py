@@ -7,7 +7,7 @@ come of it. Must not import Prefect: hosts, tests and tools use it without.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from receiver import contract, signing
 
 UPLOAD_CHUNK_BYTES = 8 * 1024 * 1024
+_PIECE_BYTES = 512 * 1024
 MAX_PAUSE_SECONDS = 10.0
 MAX_RETRY_AFTER_SECONDS = 60.0
 _QUOTED_CHARACTERS = 500
@@ -156,6 +157,17 @@ class RequestSigner(httpx.Auth):
         yield request
 
 
+class _Pieces(httpx.AsyncByteStream):
+    """A body that is written piece by piece: asyncio copies what a connection does not take at once."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for begin in range(0, len(self._body), _PIECE_BYTES):
+            yield self._body[begin : begin + _PIECE_BYTES]
+
+
 class ReceiverClient:
     """The receiver's calls as methods, inside `async with`; every call but `health` is signed.
 
@@ -244,11 +256,11 @@ class ReceiverClient:
             contract.UPLOAD_OFFSET_HEADER: str(offset),
             "Content-Type": "application/offset+octet-stream",
         }
-        response = await self._succeed(
-            self._http.build_request(
-                "PATCH", path, content=chunk, headers=headers, extensions={"trace": follow}
-            )
+        sent = self._http.build_request(
+            "PATCH", path, content=chunk, headers=headers, extensions={"trace": follow}
         )
+        sent.stream = _Pieces(chunk)
+        response = await self._succeed(sent)
         new_offset = _read_offset(response)
         if not offset < new_offset <= offset + len(chunk):
             raise _not_understood(response, f"after {len(chunk)} bytes at {offset} it is at {new_offset}")
