@@ -91,10 +91,8 @@ class _Measuring:
                     self._round(link, number)
 
     def _round(self, link: str, number: int) -> None:
-        forth = list(self.plan.ways)
-        for name in (
-            forth if number % 2 else reversed(forth)
-        ):  # what one leaves behind meets not always the same
+        # Each second round backwards: what one way leaves behind is not always for the same other one.
+        for name in self.plan.ways if number % 2 else reversed(self.plan.ways):
             if name != fan_out.WAY and not self.trials.has(link, name, WAYS[name].cases, number):
                 self._way(link, name, number)
         if _fans_out(self.plan) and link == FAN_OUT_LINK:
