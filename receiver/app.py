@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 ENGINE_PATIENCE_SECONDS = 12.0
 HEALTH_PATIENCE_SECONDS = 4.0
 HEALTH_CACHE_SECONDS = 1.0
+FACTS_SECONDS = 10.0
 RECONNECT_SECONDS = 2.0
 SWEEP_SECONDS = 20.0
 PROXY_SECONDS = 0.5
@@ -99,11 +100,25 @@ class EngineLink:
 
     async def info(self) -> EngineInfo:
         """Who the engine is: asked once a second at most, however many callers there are."""
-        now = time.monotonic()
-        if self._probe is None or (self._probe.done() and now - self._probed_at > HEALTH_CACHE_SECONDS):
+        return await self._probed(HEALTH_CACHE_SECONDS)
+
+    async def facts(self) -> EngineInfo:
+        """What seldom changes of the engine: not asked again for each part of a deployment."""
+        return await self._probed(FACTS_SECONDS)
+
+    async def _probed(self, age_seconds: float) -> EngineInfo:
+        if self._probe is None or self._is_older(self._probe, age_seconds):
             self._probe = asyncio.create_task(self.ask(lambda engine: engine.info(), HEALTH_PATIENCE_SECONDS))
-            self._probed_at = now
+            self._probed_at = time.monotonic()
         return await asyncio.shield(self._probe)
+
+    def _is_older(self, probe: asyncio.Task[EngineInfo], age_seconds: float) -> bool:
+        """An engine that gave no answer is soon asked again, whoever asks."""
+        if not probe.done():
+            return False
+        failed = probe.cancelled() or probe.exception() is not None
+        limit_seconds = min(age_seconds, HEALTH_CACHE_SECONDS) if failed else age_seconds
+        return time.monotonic() - self._probed_at > limit_seconds
 
     def _answer(self, question: Callable[[Engine], AnswerT]) -> AnswerT:
         try:
@@ -137,21 +152,21 @@ class Service:
             raise OmittedLayersUnknown(f"the engine does not have {', '.join(sorted(gone))}")
         image, is_new = entry.request.image, entry.package is None
         if image is not None and is_new and not set(image.layers) <= set(known_layers):
-            root = Path((await self.engine.info()).data_root)
+            root = Path((await self.engine.facts()).store.data_root)
             self.packages.check_room_for([Need(root, loaded_bytes(image, package), "the loaded image")])
 
     async def needs_of(self, image: ImageAnnouncement | None, known_layers: list[str]) -> list[Need]:
         """What the engine's disk is asked for, beside the package, which tells where layers are known."""
         if image is None or known_layers or not image.layers:
             return []
-        return [Need(Path((await self.engine.info()).data_root), image.size_bytes, "the loaded image")]
+        return [Need(Path((await self.engine.facts()).store.data_root), image.size_bytes, "the loaded image")]
 
     async def look_for(self, image: ImageAnnouncement | None) -> tuple[bool, list[str]]:
         """Whether the engine has the image, and which of its layers; raises `PlatformMismatch`."""
         if image is None:
             return False, []
         self.preloads.spare(image)
-        info = await self.engine.info()
+        info = await self.engine.facts()
         if (image.os, image.architecture) != (info.os, info.architecture):
             raise PlatformMismatch(
                 f"the image is for {image.os}/{image.architecture}, "

@@ -10,7 +10,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -28,10 +28,12 @@ from receiver.archive import ArchiveDamaged, ArchivedImage, checked_package
 from receiver.binding import bind_error
 from receiver.contract import DeploymentConfig, ImageAnnouncement, PackageAnnouncement, PortMapping
 from receiver.engine_store import has_containerd_store
+from receiver.engine_version import newest_api_version
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 _CALL_TIMEOUT_SECONDS = 120
+_STORE_SECONDS = 10.0
 _POLICY_TRIES = 10
 _POLICY_PAUSE_SECONDS = 0.1
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
@@ -50,14 +52,22 @@ class PortTaken(Exception):
 
 
 @dataclass(frozen=True)
+class ImageStore:
+    """Where and how the engine keeps images; another one only after it was started anew."""
+
+    data_root: str
+    driver: str = ""
+    is_containerd: bool = False
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """Identity of the engine."""
 
     version: str
     architecture: str
     os: str
-    data_root: str
-    storage_driver: str = ""
+    store: ImageStore
 
 
 @dataclass(frozen=True)
@@ -110,11 +120,7 @@ class MadeContainer:
 
 def _negotiated_version(base_url: str, wanted: str | None) -> str:
     """The API version to speak: the engine's newest, or an older one that was asked for."""
-    probe = docker.APIClient(base_url=base_url, version="auto", timeout=10)
-    try:
-        newest = str(probe.api_version)
-    finally:
-        probe.close()
+    newest = newest_api_version(base_url)
     if wanted is None or wanted == "auto":
         return newest
     if _as_numbers(wanted) > _as_numbers(newest):
@@ -132,6 +138,8 @@ class Engine:
 
     def __init__(self, base_url: str, api_version: str | None = None) -> None:
         self._base_url = base_url
+        self._store: ImageStore | None = None
+        self._store_asked_at = 0.0
         try:
             self._client = docker.DockerClient(
                 base_url=base_url,
@@ -153,19 +161,32 @@ class Engine:
         self._client.close()
 
     def info(self) -> EngineInfo:
-        """Version and platform of the engine."""
-        try:
-            answer = self._client.version()
+        """Version, platform and store of the engine, asked anew."""
+        with self._answers():
+            told = self._client.version()
+        return EngineInfo(told["Version"], told["Arch"], told["Os"], self._ask_for_store())
+
+    def store(self) -> ImageStore:
+        """The engine's store as it was some seconds ago at most: asking takes as long as a small layer."""
+        if self._store is None or time.monotonic() - self._store_asked_at > _STORE_SECONDS:
+            return self._ask_for_store()
+        return self._store
+
+    def _ask_for_store(self) -> ImageStore:
+        asked_at = time.monotonic()
+        with self._answers():
             told = self._client.info()
+        root = told.get("DockerRootDir", "/var/lib/docker")
+        self._store = ImageStore(root, told.get("Driver", ""), has_containerd_store(told))
+        self._store_asked_at = asked_at
+        return self._store
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        try:
+            yield
         except (DockerException, OSError) as exc:
             raise EngineUnreachable(f"the Docker Engine at {self._base_url} does not answer: {exc}") from exc
-        return EngineInfo(
-            answer["Version"],
-            answer["Arch"],
-            answer["Os"],
-            told.get("DockerRootDir", "/var/lib/docker"),
-            told.get("Driver", ""),
-        )
 
     # -- images ----------------------------------------------------------------------------------
 
@@ -214,17 +235,12 @@ class Engine:
         It knows a layer together with all below it: the longest beginning that some image shares. One that
         comes again above it has to be sent. A containerd image store wants every layer.
         """
-        if self.has_containerd_store:
+        if self.store().is_containerd:
             return []
         images = (self._layers_of(image) for image in self._client.images.list(all=True))
         shared = max((_shared_layers(layers, announced.layers) for layers in images), default=0)
         above = set(announced.layers[shared:])
         return [layer for layer in announced.layers[:shared] if layer not in above]
-
-    @property
-    def has_containerd_store(self) -> bool:
-        """Whether images are kept by containerd."""
-        return has_containerd_store(self._client.info())
 
     def _layers_of(self, image: Image) -> list[str]:
         layers = image.attrs.get("RootFS", {}).get("Layers")
@@ -243,7 +259,7 @@ class Engine:
         would drop the image that had the name, though a container uses that.
         """
         found: list[ArchivedImage] = []
-        nameless = self.has_containerd_store
+        nameless = self.store().is_containerd
         archive = checked_package(path, announced, package, found.append, nameless=nameless)
         try:
             loaded = self._client.images.load(cast("bytes", archive))

@@ -259,7 +259,7 @@ class Operations:
         known = set(self.engine.known_layers(announced))
         self._check_omitted(entry, known)
         wanted_bytes = 0 if set(announced.layers) <= known else loaded_bytes(announced, entry.package)
-        _ask_for_room(disk.Need(Path(self.engine.info().data_root), wanted_bytes, "the loaded image"))
+        _ask_for_room(disk.Need(Path(self.engine.store().data_root), wanted_bytes, "the loaded image"))
 
     def _check_omitted(self, entry: Entry, known: set[str]) -> None:
         """What was not sent because it was here is still here; else nothing is touched."""
@@ -273,7 +273,7 @@ class Operations:
 
     def _check_room_to_switch(self) -> None:
         """While the old container still serves: what stops it and starts another has to be written down."""
-        engine_disk = disk.Need(Path(self.engine.info().data_root), 0, "the switch")
+        engine_disk = disk.Need(Path(self.engine.store().data_root), 0, "the switch")
         for need in (engine_disk, disk.Need(self.settings.state_dir, 0, "the switch")):
             _ask_for_room(need, disk.SWITCH_RESERVE_BYTES)
 

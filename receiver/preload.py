@@ -66,7 +66,7 @@ class Preloads:
         """Feed the engine with what arrives, from now on; None where that is not possible. Blocking."""
         entry = self._ledger.get(deployment_id)
         comes_by_http = entry.state is HostState.RECEIVING and entry.request.transport is Transport.HTTP
-        if not comes_by_http or entry.request.image is None or engine.has_containerd_store:
+        if not comes_by_http or entry.request.image is None or engine.store().is_containerd:
             return None
         if not _has_room(entry.request.image, engine) or not self._places.acquire(blocking=False):
             return None
@@ -168,7 +168,7 @@ def _is_past(entry: Entry | None) -> bool:
 def _has_room(image: ImageAnnouncement, engine: Engine) -> bool:
     """Asked here, too: a package is fed before its announcement has been compared with the engine's disk."""
     try:
-        disk.check_room([disk.Need(Path(engine.info().data_root), image.size_bytes, "the loaded image")])
+        disk.check_room([disk.Need(Path(engine.store().data_root), image.size_bytes, "the loaded image")])
     except disk.RoomMissing as exc:
         log.info("not loaded ahead: %s", exc)
         return False

@@ -103,7 +103,7 @@ def _report(
     published: Sequence[PublishedPort],
 ) -> HostReport:
     settings = service.settings
-    folders = [settings.state_dir, *([Path(info.data_root)] if info else [])]
+    folders = [settings.state_dir, *([Path(info.store.data_root)] if info else [])]
     return HostReport(
         version=_version(),
         time=utc_now(),
@@ -120,7 +120,7 @@ def _engine(info: EngineInfo) -> HostEngine:
         version=info.version,
         architecture=info.architecture,
         os=info.os,
-        storage_driver=info.storage_driver,
+        storage_driver=info.store.driver,
     )
 
 

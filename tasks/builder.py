@@ -23,10 +23,12 @@ from docker.errors import APIError, DockerException
 from urllib3.exceptions import HTTPError
 
 from receiver import contract
+from receiver.engine_version import newest_api_version
 from tasks.errors import BuildFailed
 from tasks.parameters import BuildOptions
 
 _KEPT_LINES = 12
+_PING_SECONDS = 60
 # Ends the command, with the plugin that it starts, when this process is gone: its stdin is then at its end.
 _WHILE_WE_LIVE = """
 "$@" < /dev/null & command=$!
@@ -39,11 +41,13 @@ Say = Callable[[str], None]
 
 def connect() -> docker.DockerClient:
     """The engine that builds (`DOCKER_HOST`); raises `BuildFailed` when it does not answer."""
+    where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
     try:
+        if where.startswith("unix://"):
+            return docker.from_env(timeout=600, version=newest_api_version(where, _PING_SECONDS))
         client = docker.from_env(timeout=600)
         client.ping()
     except (DockerException, OSError) as exc:
-        where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         raise BuildFailed(
             f"no Docker Engine answers at {where}: {exc}",
             next_step="Start Docker on the control host (systemctl start docker) or set DOCKER_HOST.",

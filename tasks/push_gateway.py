@@ -17,7 +17,7 @@ from typing import Self
 from tasks.push_blobs import Blob, Intake, PushRefused, UnknownUpload
 from tasks.push_protocol import Handler, Server
 
-_POLL_SECONDS = 0.02
+_POLL_SECONDS = 0.005
 
 
 class Gateway:

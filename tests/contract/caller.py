@@ -18,7 +18,15 @@ from fastapi import FastAPI
 
 from receiver import contract, signing
 from receiver.contract import DeployRequest, ImageAnnouncement, PackageAnnouncement
-from receiver.engine import Engine, EngineInfo, EngineUnreachable, LoadedImage, MadeContainer, PublishedPort
+from receiver.engine import (
+    Engine,
+    EngineInfo,
+    EngineUnreachable,
+    ImageStore,
+    LoadedImage,
+    MadeContainer,
+    PublishedPort,
+)
 
 KEY = b"0123456789abcdef0123456789abcdef-contract"
 REQUEST = DeployRequest(container_name="my-service", image_tag="v1")
@@ -33,10 +41,12 @@ class FakeEngine:
     containers: tuple[MadeContainer, ...] = ()
     published: tuple[PublishedPort, ...] = ()
     down: bool = False
+    times_asked: int = 0
 
     def info(self) -> EngineInfo:
+        self.times_asked += 1
         self._answer()
-        return EngineInfo("20.10.24", "amd64", "linux", "/var/lib/docker", "overlay2")
+        return EngineInfo("20.10.24", "amd64", "linux", ImageStore("/var/lib/docker", "overlay2"))
 
     def find_image(self, announced: ImageAnnouncement, had_as: Sequence[str] = ()) -> LoadedImage | None:
         if announced not in self.images:

@@ -157,6 +157,21 @@ async def test_health_tells_the_engine_and_its_absence(
     assert (health.status, health.docker_connected, health.architecture) == ("healthy", True, "amd64")
 
 
+async def test_what_seldom_changes_of_the_engine_is_asked_once_but_a_failure_is_not_kept(
+    caller: Caller, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An announcement after others asks nothing; the first after a failure asks again."""
+    engine.down = True
+    assert (await caller.announce(WITH_IMAGE)).status_code == 503
+    monkeypatch.setattr(receiver_app, "HEALTH_CACHE_SECONDS", -1)
+    engine.down = False
+    for _ in range(3):
+        assert (await caller.announce(WITH_IMAGE)).status_code == 201
+    assert engine.times_asked == 2
+    assert (await caller.send("GET", contract.HEALTH_PATH)).status_code == 200
+    assert engine.times_asked == 3
+
+
 async def test_an_engine_that_is_down_refuses_only_what_needs_it(caller: Caller, engine: FakeEngine) -> None:
     """Uploads and questions go on; what needs the engine is 503 with the next step."""
     engine.down = True

@@ -230,7 +230,7 @@ async def test_two_versions_the_same_again_and_the_way_back(pair: Pair) -> None:
     operations, second_bytes = await pair.deploy(second)
     assert_is_built(pair, second)
     assert operations.entry.facts.image_config_digest == second.config_digest
-    if not pair.host.engine.has_containerd_store:
+    if not pair.host.engine.store().is_containerd:
         assert second_bytes < first_bytes / 10  # without the base image's layers
 
     again, again_bytes = await pair.deploy(second)
