@@ -15,6 +15,7 @@ from deployments.lab_processes import LabNotReady
 
 SERVER_PORT = 4200
 WORKER_QUERY_SECONDS = 1
+_DATABASE = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
 
 
 def settings(api_url: str, home: Path) -> dict[str, str]:
@@ -79,7 +80,9 @@ def _fill_cache(python: str, cached: Path, environment: Mapping[str, str]) -> No
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
         command = [python, "-m", "prefect", "server", "database", "upgrade", "-y"]
-        settled = {**environment, **settings("", Path(scratch))}
+        # Not that of a lab whose server keeps its records elsewhere: that one migrates its own.
+        ours = {name: value for name, value in environment.items() if not name.startswith(_DATABASE)}
+        settled = {**ours, **settings("", Path(scratch))}
         done = subprocess.run(command, env=settled, check=False, capture_output=True, text=True)
         if done.returncode != 0:
             raise LabNotReady("Prefect's database migrations failed", done.stderr)

@@ -14,7 +14,10 @@ from prefect.flows import Flow, load_flow_from_entrypoint
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ("deployments", "flows", "tasks", "blocks", "receiver")
-WIRE = {"receiver.contract", "receiver.signing", "receiver.archive", "receiver.engine_store"}
+WIRE = {
+    *("receiver.contract", "receiver.signing", "receiver.archive"),
+    *("receiver.engine_store", "receiver.engine_version"),
+}
 HOST_SIDE = {
     *("tasks/hosting.py", "tasks/execute.py", "tasks/validate.py", "tasks/restore.py"),
     "tasks/rolling.py",
