@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from deployments.api_models import HealthAnswer, ServiceHealth
 from deployments.api_problems import Refusal
 from deployments.api_queries import ping
 from deployments.api_services import Services
+from tasks.engine_address import engine_address
 from tasks.events import clean_text
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,7 @@ class Health:
             return "answers"
 
     async def _ask_docker(self) -> str:
-        address = await self._saved(find_build_engine, None)
-        address = address or os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+        address = await self._saved(find_build_engine, None) or engine_address()
         await asyncio.get_running_loop().run_in_executor(self._threads, _ping_engine, address)
         return "answers"
 

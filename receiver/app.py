@@ -117,7 +117,7 @@ class EngineLink:
         if not probe.done():
             return False
         failed = probe.cancelled() or probe.exception() is not None
-        limit_seconds = min(age_seconds, HEALTH_CACHE_SECONDS) if failed else age_seconds
+        limit_seconds = HEALTH_CACHE_SECONDS if failed else age_seconds
         return time.monotonic() - self._probed_at > limit_seconds
 
     def _answer(self, question: Callable[[Engine], AnswerT]) -> AnswerT:

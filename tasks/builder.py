@@ -24,6 +24,7 @@ from urllib3.exceptions import HTTPError
 
 from receiver import contract
 from receiver.engine_version import newest_api_version
+from tasks.engine_address import engine_address
 from tasks.errors import BuildFailed
 from tasks.parameters import BuildOptions
 
@@ -41,7 +42,7 @@ Say = Callable[[str], None]
 
 def connect() -> docker.DockerClient:
     """The engine that builds (`DOCKER_HOST`); raises `BuildFailed` when it does not answer."""
-    where = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    where = engine_address()
     try:
         if where.startswith("unix://"):
             return docker.from_env(timeout=600, version=newest_api_version(where, _PING_SECONDS))

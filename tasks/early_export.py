@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from requests.exceptions import RequestException
 
 from receiver.engine_store import has_containerd_store
 from tasks.docker_archive import docker_archive
-from tasks.push_engine import inspect_image, is_local
+from tasks.engine_address import engine_address, is_local
+from tasks.push_engine import inspect_image
 from tasks.push_plan import PushUnsuitable
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,7 @@ def early_image(client: docker.DockerClient, image_id: str) -> Iterator[EarlyIma
 
 
 def _made(client: docker.DockerClient, image_id: str) -> EarlyImage | None:
-    address = os.environ.get("DOCKER_HOST") or "unix://"
-    if not is_local(address) or has_containerd_store(client.info()):
+    if not is_local(engine_address()) or has_containerd_store(client.info()):
         return None  # they would travel twice; it gives its first byte at once
     told = inspect_image(client, image_id)
     count = lowest_layers(told.layers, told.sizes)

@@ -16,6 +16,7 @@ from blocks.event_broker import EventBroker, find_event_broker
 from blocks.records_database import RecordsDatabase, find_records_url
 from receiver.contract import HostDisk
 from tasks import migrations, store
+from tasks.engine_address import engine_address
 from tasks.examination_prefect import ask_prefect, place_of
 from tasks.findings import BrokerFound, BuildEngine, ControlFindings, OpenWorkflow, Prefect, RecordsFound
 from tasks.records import Records
@@ -25,7 +26,6 @@ POOL = "control"
 DEPLOYMENTS = ("deploy-container/default", "rollback-container/default", "reconcile/default")
 ENGINE_SECONDS, RECORDS_SECONDS, BROKER_SECONDS = 5.0, 8.0, 5.0
 MOST_WORKFLOWS = 500
-_DEFAULT_ENGINE = "unix:///var/run/docker.sock"
 _PRODUCER_ONLY = frozenset({"acks", "enable_idempotence"})
 
 
@@ -43,7 +43,7 @@ async def examine_control() -> ControlFindings:
 
 async def _engine(prefect: Prefect) -> BuildEngine:
     saved = None if prefect.problem else await find_build_engine()
-    address = saved or os.environ.get("DOCKER_HOST") or _DEFAULT_ENGINE
+    address = saved or engine_address()
     try:
         async with asyncio.timeout(ENGINE_SECONDS + 1):
             return await asyncio.to_thread(_ask_engine, address)

@@ -5,8 +5,6 @@ Imports no Prefect.
 
 from __future__ import annotations
 
-import ipaddress
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -14,7 +12,6 @@ from http import HTTPStatus
 from pathlib import Path
 from threading import Timer
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import docker
 from docker.errors import APIError, DockerException, ImageNotFound
@@ -22,6 +19,7 @@ from requests import RequestException
 from urllib3.exceptions import HTTPError
 
 from tasks import builder
+from tasks.engine_address import engine_address, is_local
 from tasks.push_folder import note_name
 from tasks.push_gateway import Gateway
 from tasks.push_plan import PushUnsuitable, layer_sizes
@@ -44,23 +42,12 @@ class EngineImage:
 @contextmanager
 def connected() -> Iterator[docker.DockerClient]:
     """The engine that builds, on this machine; raises `PushUnsuitable` for one that is elsewhere."""
-    address = os.environ.get("DOCKER_HOST") or "unix://"
+    address = engine_address()
     if not is_local(address):
         raise PushUnsuitable(f"the engine at {address} is not on this machine: it cannot push to loopback")
     with closing(builder.connect()) as client:
         client.api.timeout = _SILENT_SECONDS
         yield client
-
-
-def is_local(address: str) -> bool:
-    """True for a Unix socket and for loopback."""
-    url = urlsplit(address)
-    if url.scheme in ("unix", "http+unix"):
-        return True
-    try:
-        return url.hostname == "localhost" or ipaddress.ip_address(url.hostname or "").is_loopback
-    except ValueError:
-        return False
 
 
 def inspect_image(client: docker.DockerClient, image_id: str) -> EngineImage:

@@ -6,7 +6,6 @@ import json
 import socketserver
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -65,30 +64,19 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         """Nothing."""
 
-    def address_string(self) -> str:
-        """A Unix socket's peer has none."""
-        return ""
-
-
-@contextmanager
-def answering(folder: Path) -> Iterator[Answers]:
-    """The engine for the block."""
-    path = folder / "engine.sock"
-    with _Server(str(path), _Handler) as server:
-        server.answers = Answers(f"unix://{path}")
-        server.daemon_threads = True
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server.answers
-        server.shutdown()
-        thread.join()
-
 
 @pytest.fixture
 def answers(tmp_path: Path) -> Iterator[Answers]:
     """An engine that answers."""
-    with answering(tmp_path) as found:
-        yield found
+    path = tmp_path / "engine.sock"
+    with _Server(str(path), _Handler) as server:
+        server.answers = Answers(f"unix://{path}")
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        server.daemon_threads = True
+        thread.start()
+        yield server.answers
+        server.shutdown()
+        thread.join()
 
 
 def test_the_version_is_what_the_ping_tells(answers: Answers) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.push_engine import is_local
+from tasks.engine_address import is_local
 from tasks.push_plan import PushPlan, PushUnsuitable, layer_sizes
 
 MIB = 1024 * 1024
