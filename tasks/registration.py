@@ -10,7 +10,7 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import WorkerStatus, WorkPool
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.flows import Flow
 from prefect.types.entrypoint import EntrypointType
 from prefect.utilities.processutils import command_to_string
@@ -22,12 +22,15 @@ HOST_FLOWS = ("receive-container", "restore-container")
 
 
 async def ensure_work_pool(name: str) -> WorkPool:
-    """The work pool of type process, made when it is not there."""
+    """The work pool of type process, made when it is not there.
+
+    Made first and read second: a worker that starts at the same moment makes its pool too.
+    """
     async with get_client() as client:
         try:
-            return await client.read_work_pool(name)
-        except ObjectNotFound:
             return await client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+        except ObjectAlreadyExists:
+            return await client.read_work_pool(name)
 
 
 def run_command(python: str, module: str) -> str:

@@ -150,6 +150,13 @@ async def test_a_run_that_is_started_twice_is_one_run() -> None:
     assert "workflow:w1" in run.tags
 
 
+async def test_a_work_pool_that_another_makes_at_the_same_moment_is_taken() -> None:
+    """As a worker does that starts while its host is registered."""
+    pools = await asyncio.gather(*(ensure_work_pool("at-the-same-moment") for _ in range(4)))
+    assert len({pool.id for pool in pools}) == 1
+    assert pools[0].type == "process"
+
+
 # -- trouble -----------------------------------------------------------------------------------------
 
 
