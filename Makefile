@@ -32,7 +32,7 @@ test: services-for-test $(VENV)/.dev ## Lint, type-check and run all tests on re
 faults: services-for-test $(VENV)/.dev ## Strike running deployments with faults and check what serves; hours, resumable
 	$(BIN)/python -m tests.faults run $(ARGS)
 
-bench: services-for-bench $(VENV)/.dev ## Measure on hosts of its own and print the tables; hours, resumable
+bench: services-for-bench $(VENV)/.dev ## Measure on hosts of its own and print the tables; hours, transfers resumable
 	$(BIN)/python -m tests.bench run $(ARGS)
 
 test-unit: $(VENV)/.dev ## Run the tests that need no service

@@ -7,7 +7,7 @@
 #   deployments/install_services.sh [--for demo|test|bench] [--start-docker | --stop-docker]
 #
 # --for demo      leave out what only the tests need (PostgreSQL, Java, Maven, Prometheus, Chromium, SSH, rsync, HAProxy).
-# --for bench     with what the benchmark compares with (docker-registry, zstd), which no test needs.
+# --for bench     with what the benchmark compares with and measures by (docker-registry, zstd, wrk), which no test needs.
 # --start-docker  also start the Docker Engine when none answers.
 # --stop-docker   only stop the Docker Engine that --start-docker started itself.
 set -eu
@@ -48,6 +48,7 @@ missing_for_tests() {
 missing_for_bench() {
     has docker-registry || echo docker-registry
     has zstd || echo zstd
+    has wrk || echo wrk
 }
 
 missing_packages() {

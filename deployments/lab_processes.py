@@ -17,6 +17,7 @@ from pathlib import Path
 _LAUNCH = 'echo $$ > "$1" || exit 125; shift; exec "$@" < /dev/null'
 _POLL_SECONDS = 0.03
 _TAIL_LINES = 30
+_SAID_CHARACTERS = 6000
 
 
 class LabNotReady(Exception):
@@ -42,17 +43,22 @@ class Launcher:
     def run(
         self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, check: bool, timeout: float | None
     ) -> subprocess.CompletedProcess[str]:
-        """Run to the end with captured output; with `check` raise `CalledProcessError`."""
-        return subprocess.run(
+        """Run to the end with captured output; with `check` raise `CalledProcessError` that shows it."""
+        done = subprocess.run(
             self.command(argv),
             stdin=self.guard,
             capture_output=True,
             text=True,
-            check=check,
+            check=False,
             timeout=timeout,
             env=dict(env),
             cwd=cwd,
         )
+        if check and done.returncode != 0:
+            failed = subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
+            failed.add_note(f"it said:\n{(done.stdout + done.stderr).strip()[-_SAID_CHARACTERS:]}")
+            raise failed
+        return done
 
 
 @dataclass

@@ -418,3 +418,11 @@ def test_run_and_spawn_work_inside_the_namespace(host: Host) -> None:
     service.restart()
     service.stop()
     assert not service.alive
+
+
+def test_a_program_that_fails_in_the_namespace_is_shown_with_what_it_said(host: Host) -> None:
+    """Not its exit code alone."""
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        host.run("sh", "-c", "echo no such thing >&2; exit 3")
+    assert failed.value.returncode == 3
+    assert failed.value.__notes__ == ["it said:\nno such thing"]
