@@ -44,21 +44,20 @@ class Launcher:
         self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, check: bool, timeout: float | None
     ) -> subprocess.CompletedProcess[str]:
         """Run to the end with captured output; with `check` raise `CalledProcessError` that shows it."""
-        done = subprocess.run(
-            self.command(argv),
-            stdin=self.guard,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout,
-            env=dict(env),
-            cwd=cwd,
-        )
-        if check and done.returncode != 0:
-            failed = subprocess.CalledProcessError(done.returncode, done.args, done.stdout, done.stderr)
-            failed.add_note(f"it said:\n{(done.stdout + done.stderr).strip()[-_SAID_CHARACTERS:]}")
-            raise failed
-        return done
+        try:
+            return subprocess.run(
+                self.command(argv),
+                stdin=self.guard,
+                capture_output=True,
+                text=True,
+                check=check,
+                timeout=timeout,
+                env=dict(env),
+                cwd=cwd,
+            )
+        except subprocess.CalledProcessError as exc:
+            exc.add_note(f"it said:\n{(exc.stdout + exc.stderr).strip()[-_SAID_CHARACTERS:]}")
+            raise
 
 
 @dataclass
