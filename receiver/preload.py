@@ -217,7 +217,7 @@ def _archive(entry: Entry, part: Path, ledger: Ledger, is_whole: threading.Event
         is_whole.set()
 
     with part.open("rb") as file:
-        arriving = _Arriving(file.fileno(), entry.deployment_id, ledger)
+        arriving = _Arriving(file.fileno(), entry, ledger)
         reader = PackageReader(arriving, None, package_limit_bytes(image, 0))
         yield from rebuilt(reader, check, nameless=True)
 
@@ -225,11 +225,13 @@ def _archive(entry: Entry, part: Path, ledger: Ledger, is_whole: threading.Event
 class _Arriving:
     """The file of a package as its bytes come: `read` waits for more, and ends with the verified whole."""
 
-    def __init__(self, descriptor: int, deployment_id: str, ledger: Ledger) -> None:
+    def __init__(self, descriptor: int, entry: Entry, ledger: Ledger) -> None:
         self._descriptor = descriptor
-        self._deployment_id = deployment_id
+        self._deployment_id = entry.deployment_id
         self._ledger = ledger
-        self._position = self._readable_bytes = self._hashed_bytes = 0
+        # What is here already is not asked for: bytes dropped before the first read would not be missed.
+        self._readable_bytes = entry.upload_offset
+        self._position = self._hashed_bytes = 0
         self._hasher = blake3()
 
     def read(self, size: int, /) -> bytes:

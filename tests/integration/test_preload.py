@@ -7,6 +7,7 @@ import fcntl
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -204,6 +205,27 @@ async def test_an_upload_that_does_not_come_to_its_end_leaves_nothing(
         await arriving.packages.announce(arriving.deployment_id, announcement(arriving.package))
         await take_up_to(arriving.operations, "start_container")
         assert arriving.is_loaded
+
+
+async def test_bytes_that_are_dropped_before_the_engine_takes_any_are_not_waited_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a busy host: the package is open, and the ledger is asked for more only after the drop."""
+    reading: Any = vars(preload)["_Arriving"]
+    is_dropped, has_more = threading.Event(), vars(reading)["_has_more"]
+
+    def has_more_late(arriving: Any) -> Any:
+        is_dropped.wait(30)
+        return has_more(arriving)
+
+    monkeypatch.setattr(reading, "_has_more", has_more_late)
+    arriving = arrival(rig)
+    await arriving.send(1)
+    await asyncio.sleep(1)
+    await arriving.packages.drop(arriving.deployment_id)
+    is_dropped.set()
+    await arriving.end()
+    assert (arriving.is_loaded, arriving.is_marked) == (False, False)
 
 
 async def abort_all(rig: Rig) -> None:
